@@ -1,0 +1,140 @@
+"""Builds the native side with cffi: the extension `flockshim._native` and the library to preload.
+
+Run it as a command to build both in place, for work in a checkout: ``python build.py``. Installation (``pip
+install .``) does the same through setup.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import cffi
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = os.path.dirname(os.path.abspath(__file__))
+LIBRARY = "flockshim.libflockshim"
+
+SHIM_SOURCES = ["flock", "client", "start", "rendezvous", "report", "config", "text", "memory"]
+NATIVE_SOURCES = ["requests", "process", "descriptions", "processes"]
+
+STRICT = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+# No libc: one file for glibc of any age and for musl. The compiler must not call it behind our back either.
+FREESTANDING = [
+    "-O2",
+    "-ffreestanding",
+    "-fno-builtin",
+    "-fno-stack-protector",
+    "-fno-tree-loop-distribute-patterns",
+    "-U_FORTIFY_SOURCE",
+]
+LINK = [
+    "-nostdlib",
+    "-Wl,--version-script=shim/export.map",
+    "-Wl,--hash-style=both",
+    "-Wl,-z,now",
+    "-Wl,-z,relro",
+    "-Wl,-z,noexecstack",
+]
+
+CDEF = """
+    struct protocol_request {
+        uint32_t magic;
+        uint16_t version;
+        uint16_t kind;
+        int32_t operation;
+        int32_t descriptor;
+        uint64_t device;
+        uint64_t inode;
+    };
+    struct native_packet {
+        int connection;
+        int pid;
+        int descriptor;
+        int size;
+        struct protocol_request request;
+    };
+    struct native_place {
+        int pid;
+        int number;
+    };
+    #define PROTOCOL_MAGIC ...
+    #define PROTOCOL_VERSION ...
+    #define KIND_LOCK ...
+    #define KIND_CANCEL ...
+    #define KIND_ANSWER ...
+    #define KIND_REFUSAL ...
+
+    void native_accept(int listener, struct native_packet *packet);
+    void native_receive(int connection, struct native_packet *packet);
+    int native_answer(int connection, int kind, int error, const char *text);
+    int native_same_description(int one, int other);
+    int native_compare(int one, int other, int *error);
+    int native_is_open_at(int kept, int pid, int number);
+    int native_find_open(int kept, uint64_t device, uint64_t inode, int known_pid,
+                         struct native_place *place);
+    int native_clone_sharing_descriptors(void);
+    int native_die_with_parent(int signal);
+    int native_pidfd_open(int pid);
+    int native_inotify_init(void);
+    int native_inotify_add_watch(int inotify, const char *path, uint32_t mask);
+    int native_inotify_rm_watch(int inotify, int watch);
+"""
+
+
+def sources(names: list[str]) -> list[str]:
+    """Return the C files of these names, relative to the project as setuptools wants them."""
+    return [f"shim/{name}.c" for name in names]
+
+
+native = cffi.FFI()
+native.cdef(CDEF)
+native.set_source(
+    "flockshim._native",
+    '#include "native.h"',
+    sources=sources(NATIVE_SOURCES),
+    include_dirs=["shim"],
+    extra_compile_args=["-D_GNU_SOURCE", "-fvisibility=hidden"],
+)
+
+
+class BuildNative(build_ext):
+    """Builds the preload library as what it is: no Python extension, under its own file name."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the file name of an extension: ours has no Python tag in it."""
+        if fullname.endswith("libflockshim"):
+            return os.path.join(*fullname.split(".")) + ".so"
+        return str(super().get_ext_filename(fullname))
+
+    def get_export_symbols(self, ext: Any) -> list[str]:
+        """Return no symbol: export.map names what is exported."""
+        return []
+
+    def build_extension(self, ext: Any) -> None:
+        """Build the preload library by compiler and linker alone, without Python's own flags and libraries."""
+        if ext.name != LIBRARY:
+            super().build_extension(ext)
+            return
+        target = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        compiler = os.environ.get("CC", "cc").split()
+        flags = [*STRICT, *FREESTANDING, "-fPIC", "-shared", *LINK]
+        self.spawn([*compiler, *flags, "-o", target, *ext.sources])
+
+
+def main() -> None:
+    """Build what ``setup.py`` is asked for."""
+    setup(
+        cffi_modules=["build.py:native"],
+        ext_modules=[Extension(LIBRARY, sources(SHIM_SOURCES))],
+        cmdclass={"build_ext": BuildNative},
+    )
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    sys.argv[1:] = ["build_ext", "--inplace", *sys.argv[1:]]
+    main()

@@ -1,0 +1,103 @@
+"""``flockshim.run`` and ``flockshim.environ``: the launcher's work for Python programs."""
+
+import os
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Optional, Union
+
+from flockshim import executable, launch
+
+Command = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+
+
+def environ(
+    *,
+    mode: Optional[str] = None,
+    errno: Union[str, Iterable[Union[str, int]], None] = None,
+    force: Optional[bool] = None,
+    simulate: Optional[str] = None,
+    quiet: Optional[bool] = None,
+    verbose: Optional[bool] = None,
+    base: Optional[Mapping[str, str]] = None,
+) -> dict[str, str]:
+    """Return the environment that runs programs under the shim, as ``flockshim --env`` prints it.
+
+    A setting left at ``None`` comes from its variable in *base* (``FLOCKSHIM_MODE``, …), else is
+    the default.
+
+    :param mode: what a failing ``flock(2)`` becomes: ``"auto"`` (default), ``"host"``,
+        ``"success"`` or ``"fail"``.
+    :param errno: errnos that mean "cannot lock", names or numbers: ``"ENOSYS,524"`` or
+        ``["ENOSYS", 524]``.
+    :param force: never ask the kernel.
+    :param simulate: ``"ENOSYS"`` or ``"ENOSYS:/some/directory"``: the kernel's lock calls (on files
+        under the directory) fail with that errno.
+    :param quiet: print no warnings.
+    :param verbose: say more, such as what is being waited for.
+    :param base: the environment to build on; ``os.environ`` if not given. It is not changed.
+    :raises FlockshimError: for a setting that is wrong, or contradicts another.
+    """
+    if errno is not None and not isinstance(errno, str):
+        errno = ",".join(str(item) for item in errno)
+    return launch.environment(
+        os.environ if base is None else base,
+        mode=mode,
+        errno=errno,
+        force=force,
+        simulate=simulate,
+        quiet=quiet,
+        verbose=verbose,
+    )
+
+
+def run(
+    args: Union[Command, Sequence[Command]],
+    *,
+    mode: Optional[str] = None,
+    errno: Union[str, Iterable[Union[str, int]], None] = None,
+    force: Optional[bool] = None,
+    simulate: Optional[str] = None,
+    quiet: Optional[bool] = None,
+    verbose: Optional[bool] = None,
+    env: Optional[Mapping[str, str]] = None,
+    **subprocess_kwargs: Any,
+) -> "subprocess.CompletedProcess[Any]":
+    """Run a program under the shim and wait for it, as ``subprocess.run`` does.
+
+    The settings are those of :func:`environ`, built on *env*; every other argument is that of
+    ``subprocess.run``.
+
+    :raises FlockshimError: for a wrong setting, or a program that the preload library cannot reach
+        (static, Go, set-uid, …), which is not started then.
+    :raises OSError: when the program is not found or cannot be executed, and as ``subprocess.run``
+        does.
+    """
+    environment = environ(
+        mode=mode,
+        errno=errno,
+        force=force,
+        simulate=simulate,
+        quiet=quiet,
+        verbose=verbose,
+        base=env,
+    )
+    if launch.needs_shim(environment):
+        command = _started(args, subprocess_kwargs)
+        executable.protected(command, environment, os.fsdecode(subprocess_kwargs.get("cwd") or ""))
+    return subprocess.run(
+        args, env=environment, check=subprocess_kwargs.pop("check", False), **subprocess_kwargs
+    )
+
+
+def _started(
+    args: Union[Command, Sequence[Command]], subprocess_kwargs: dict[str, Any]
+) -> list[str]:
+    """Return the words of which ``subprocess`` makes the program that it starts."""
+    words = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
+    command = [os.fsdecode(word) for word in words]
+    program = subprocess_kwargs.get("executable")
+    if subprocess_kwargs.get("shell"):
+        return [os.fsdecode(program or "/bin/sh")]
+    if program is not None:
+        command[:1] = [os.fsdecode(program)]
+    return command

@@ -1,0 +1,126 @@
+"""The open file descriptions that the keeper holds duplicates of, and the processes in which they are open."""
+
+from __future__ import annotations
+
+import os
+
+from flockshim._native import ffi, lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flockshim.host import Key
+
+
+class Description:
+    """An open file description, by the keeper's duplicate, and where it was last seen open."""
+
+    __slots__ = ("descriptor", "key", "number", "pid", "waits")
+
+    def __init__(self, descriptor: int, key: Key, pid: int, number: int) -> None:
+        """`number` is the descriptor's number in process `pid`."""
+        self.descriptor = descriptor
+        self.key = key
+        self.pid = pid
+        self.number = number
+        self.waits = 0
+
+    def is_open(self) -> bool:
+        """Return whether any process but the keeper still has it open, and note where."""
+        if lib.native_is_open_at(self.descriptor, self.pid, self.number):
+            return True
+        place = ffi.new("struct native_place *")
+        if not lib.native_find_open(self.descriptor, *self.key, self.pid, place):
+            return False
+        self.pid, self.number = place.pid, place.number
+        return True
+
+
+class Descriptions:
+    """Those of one file, ordered by kcmp(2) so that hundreds can be told apart with few calls."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self._items: list[Description] = []
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self._items)
+
+    def find(self, descriptor: int) -> Description | None:
+        """Return the one that `descriptor` is a duplicate of."""
+        index, found = self._search(descriptor)
+        return self._items[index] if found else None
+
+    def add(self, description: Description) -> None:
+        """Add one that `find` does not know."""
+        index, _ = self._search(description.descriptor)
+        self._items.insert(index, description)
+
+    def remove(self, description: Description) -> None:
+        """Forget one, and close the keeper's duplicate."""
+        self._items.remove(description)
+        os.close(description.descriptor)
+
+    def _search(self, descriptor: int) -> tuple[int, bool]:
+        error = ffi.new("int *")
+        low, high = 0, len(self._items)
+        while low < high:
+            middle = (low + high) // 2
+            order = lib.native_compare(descriptor, self._items[middle].descriptor, error)
+            if error[0]:
+                return self._search_one_by_one(descriptor)
+            if order == 0:
+                return middle, True
+            if order < 0:
+                high = middle
+            else:
+                low = middle + 1
+        return low, False
+
+    def _search_one_by_one(self, descriptor: int) -> tuple[int, bool]:
+        for index, item in enumerate(self._items):
+            if lib.native_same_description(descriptor, item.descriptor) == 1:
+                return index, True
+        return len(self._items), False
+
+
+class Processes:
+    """Watches processes by pidfd (Linux 5.3; before that the once-a-second look must do)."""
+
+    def __init__(self, watch: Callable[[int, Callable[[], None]], None], unwatch: Callable[[int], None]) -> None:
+        """`watch(descriptor, callback)` has it called while the descriptor is readable, until `unwatch`."""
+        self._watch = watch
+        self._unwatch = unwatch
+        self._interests: dict[int, set[object]] = {}
+        self._pidfds: dict[int, int] = {}
+        self.ended: set[object] = set()
+
+    def add(self, pid: int, interest: object) -> None:
+        """Put `interest` into `ended` when process `pid` has ended; at once where it has."""
+        interests = self._interests.get(pid)
+        if interests is None:
+            interests = self._interests[pid] = set()
+            pidfd = lib.native_pidfd_open(pid)
+            if pidfd >= 0:
+                self._pidfds[pid] = pidfd
+                self._watch(pidfd, lambda: self._end(pid))
+            else:
+                del self._interests[pid]
+                return
+        interests.add(interest)
+
+    def discard(self, pid: int, interest: object) -> None:
+        """Take `interest` back. The process is watched on: it will come again."""
+        interests = self._interests.get(pid)
+        if interests:
+            interests.discard(interest)
+
+    def _end(self, pid: int) -> None:
+        pidfd = self._pidfds.pop(pid)
+        self._unwatch(pidfd)
+        os.close(pidfd)
+        self.ended |= self._interests.pop(pid)

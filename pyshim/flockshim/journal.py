@@ -1,0 +1,42 @@
+"""What a keeper's standby must know to take over: which descriptor of the shared table is a held lock.
+
+The journal is a piece of memory that both processes map. Its entry for a lock has the number of the descriptor by
+which the keeper holds the description, so that nothing needs to be searched or kept in order. A keeper may die
+between any two instructions: the mode byte, written last and cleared first, says whether an entry counts.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+
+_ENTRY = struct.Struct("=xxxxiiiQQ")
+_NOTHING, _SHARED, _EXCLUSIVE = 0, 1, 2
+
+
+class Journal:
+    """Entries for descriptors 0 to `capacity` - 1."""
+
+    def __init__(self, capacity: int) -> None:
+        """Map the memory; processes made by clone(2) afterwards share it."""
+        self.capacity = capacity
+        self._memory = mmap.mmap(-1, capacity * _ENTRY.size)
+
+    def note(self, descriptor: int, exclusive: bool, device: int, inode: int, pid: int, number: int) -> None:
+        """Record that `descriptor` is a lock on device:inode, last seen in process `pid` as `number`."""
+        at = descriptor * _ENTRY.size
+        _ENTRY.pack_into(self._memory, at, descriptor, pid, number, device, inode)
+        self._memory[at] = _EXCLUSIVE if exclusive else _SHARED
+
+    def clear(self, descriptor: int) -> None:
+        """Record that `descriptor` is no lock."""
+        self._memory[descriptor * _ENTRY.size] = _NOTHING
+
+    def read(self, descriptor: int) -> tuple[bool, int, int, int, int] | None:
+        """Return (exclusive, device, inode, pid, number), or None where there is no lock."""
+        at = descriptor * _ENTRY.size
+        mode = self._memory[at]
+        if mode == _NOTHING:
+            return None
+        _, pid, number, device, inode = _ENTRY.unpack_from(self._memory, at)
+        return mode == _EXCLUSIVE, device, inode, pid, number

@@ -1,0 +1,122 @@
+"""Who holds and who waits for the advisory lock of one file: bookkeeping only, no input or output.
+
+The rules are those of ``flock(2)`` as Linux has them (``fs/locks.c``, ``flock_lock_inode``): the owner is an open file
+description; a request for another mode first loses the mode held, and then competes only with those who hold.
+One thing is stronger than in Linux: new blocking requests are served in order, so that readers who come and go
+cannot starve a writer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+    from typing import Any
+
+GRANTED = 0
+REFUSED = 1
+WAITING = 2
+
+
+class Waiter:
+    """A blocking request that could not be granted at once."""
+
+    __slots__ = ("context", "exclusive", "owner")
+
+    def __init__(self, owner: Hashable, exclusive: bool, context: Any) -> None:
+        """Note the description, the mode asked for, and the caller's own `context` for the answer."""
+        self.owner = owner
+        self.exclusive = exclusive
+        self.context = context
+
+
+class FileLock:
+    """The lock of one file.
+
+    `permit(exclusive, barging)` is asked before anything is granted; it stands for whatever else must agree
+    (other keepers of the host), and must return whether a lock of that mode may be held now. `barging` is true of
+    requests that Linux lets pass those who wait. `grant(owner, exclusive)` is told each mode that an owner holds
+    from now on, before anybody is told that it was granted; `drop(owner)` each loss.
+    """
+
+    __slots__ = ("_drop", "_grant", "_permit", "holders", "queue")
+
+    def __init__(
+        self,
+        permit: Callable[[bool, bool], bool],
+        grant: Callable[[Any, bool], None],
+        drop: Callable[[Any], None],
+    ) -> None:
+        """Begin with nobody holding and nobody waiting."""
+        self._permit = permit
+        self._grant = grant
+        self._drop = drop
+        self.holders: dict[Any, bool] = {}
+        self.queue: deque[Waiter] = deque()
+
+    def conflicts(self, owner: Hashable, exclusive: bool) -> bool:
+        """Return whether somebody else's lock forbids this mode to `owner`."""
+        others = len(self.holders) - (owner in self.holders)
+        if not others:
+            return False
+        return exclusive or any(mode for holder, mode in self.holders.items() if holder != owner)
+
+    def request(self, owner: Hashable, exclusive: bool, blocking: bool, context: Any = None) -> int:
+        """Ask for a mode. Returns GRANTED, REFUSED (`blocking` is false) or WAITING.
+
+        A refused or waiting conversion has lost the mode it had; call `serve` afterwards, since others may go on.
+        """
+        held = self.holders.get(owner)
+        if held is not None:
+            if held == exclusive:
+                return GRANTED
+            self._lose(owner)
+        barging = held is not None or not blocking
+        if (barging or not self.queue) and self._try(owner, exclusive, barging):
+            return GRANTED
+        if not blocking:
+            return REFUSED
+        self.queue.append(Waiter(owner, exclusive, context))
+        return WAITING
+
+    def release(self, owner: Hashable) -> bool:
+        """Take `owner`'s lock away. Returns whether it had one; call `serve` afterwards."""
+        if owner not in self.holders:
+            return False
+        self._lose(owner)
+        return True
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Forget a request that waits; call `serve` afterwards."""
+        self.queue.remove(waiter)
+
+    def serve(self) -> list[Waiter]:
+        """Grant to those whose turn has come, in order, and return their requests."""
+        served = []
+        while self.queue:
+            waiter = self.queue[0]
+            held = self.holders.get(waiter.owner)
+            if held is not None and held != waiter.exclusive:
+                self._lose(waiter.owner)
+            if held != waiter.exclusive and not self._try(waiter.owner, waiter.exclusive, False):
+                break
+            self.queue.popleft()
+            served.append(waiter)
+        return served
+
+    def adopt(self, owner: Hashable, exclusive: bool) -> None:
+        """Note a lock that is held already, by the account of a keeper that has died."""
+        self.holders[owner] = exclusive
+
+    def _try(self, owner: Hashable, exclusive: bool, barging: bool) -> bool:
+        if self.conflicts(owner, exclusive) or not self._permit(exclusive, barging):
+            return False
+        self.holders[owner] = exclusive
+        self._grant(owner, exclusive)
+        return True
+
+    def _lose(self, owner: Hashable) -> None:
+        del self.holders[owner]
+        self._drop(owner)

@@ -1,0 +1,35 @@
+"""A killed keeper must not give its locks away: two processes, one descriptor table.
+
+clone(2) with CLONE_FILES makes the keeper a child that shares its parent's descriptors, among them the kernel's locks
+on the proxies, the descriptions of those who hold, and the listening socket. While one of the two lives, the kernel
+drops nothing. The parent does nothing but wait: when the child is killed it makes another, which finds in the journal
+what each descriptor means. When the parent is killed, the child learns it by PR_SET_PDEATHSIG and splits again.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from flockshim._native import lib
+
+ORPHANED = signal.SIGUSR1
+
+
+def split() -> int:
+    """Return the parent's pid in a child, again in another one whenever that dies; the caller never returns.
+
+    A child that exits with status 0 has nothing left to do, and its parent follows. The child gets ORPHANED when its
+    parent dies, and must look itself (``os.getppid``) whether that happened before it was ready for the signal.
+    """
+    while True:
+        parent = os.getpid()
+        child = lib.native_clone_sharing_descriptors()
+        if child == 0:
+            lib.native_die_with_parent(ORPHANED)
+            return parent
+        if child < 0:
+            raise OSError(-child, os.strerror(-child), "clone")
+        _, status = os.waitpid(child, 0)
+        if status == 0:
+            os._exit(0)

@@ -1,0 +1,216 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <stddef.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
+#include "client.h"
+#include "protocol.h"
+#include "rendezvous.h"
+#include "report.h"
+#include "start.h"
+#include "syscalls.h"
+#include "text.h"
+
+/* How often a call may lose its keeper (killed, or leaving just then) before the user is told. */
+#define MAX_LOST 20
+#define MAX_STARTS 3
+
+enum outcome { ANSWERED, LOST, NO_KEEPER, REFUSED };
+
+struct call {
+    const struct config *config;
+    struct rendezvous rendezvous;
+    struct protocol_request request;
+    int blocking;
+    long socket;
+    ino_t socket_inode;
+    struct protocol_answer answer;
+    const char *refusal;
+};
+
+static enum outcome refuse(struct call *call, const char *why) {
+    call->refusal = why;
+    return REFUSED;
+}
+
+/* Another thread may close every descriptor while this one waits, and open its own: only ours is
+ * closed. */
+static void close_socket(struct call *call) {
+    struct stat status;
+
+    if (sys2(SYS_fstat, call->socket, &status) == 0 && status.st_ino == call->socket_inode &&
+        S_ISSOCK(status.st_mode))
+        sys1(SYS_close, call->socket);
+}
+
+static enum outcome open_socket(struct call *call) {
+    struct stat status;
+
+    call->socket = sys3(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    if (call->socket == -EMFILE || call->socket == -ENFILE)
+        return refuse(call,
+                      "no descriptor is left for asking the keeper; raise the limit (ulimit -n)");
+    if (call->socket < 0)
+        return refuse(call, "no socket can be made for asking the keeper");
+    sys2(SYS_fstat, call->socket, &status);
+    call->socket_inode = status.st_ino;
+    return ANSWERED;
+}
+
+/* A socket of somebody else's in the directory's place would hand out locks as it likes: unix(7),
+ * SO_PEERCRED. */
+static enum outcome connect_keeper(struct call *call) {
+    struct ucred peer;
+    int size = sizeof peer;
+    long result;
+
+    do
+        result = sys3(SYS_connect, call->socket, &call->rendezvous.address,
+                      sizeof call->rendezvous.address);
+    while (result == -EINTR);
+    if (result < 0)
+        return NO_KEEPER;
+    if (sys5(SYS_getsockopt, call->socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 ||
+        peer.uid != sys0(SYS_geteuid))
+        return refuse(call, "the keeper's socket belongs to another user; set FLOCKSHIM_DIR");
+    return ANSWERED;
+}
+
+static long send_request(struct call *call, int with_descriptor) {
+    union {
+        struct cmsghdr head;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control = {.head = {.cmsg_len = CMSG_LEN(sizeof(int)),
+                          .cmsg_level = SOL_SOCKET,
+                          .cmsg_type = SCM_RIGHTS}};
+    struct iovec part = {.iov_base = &call->request, .iov_len = sizeof call->request};
+    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
+    long result;
+
+    if (with_descriptor) {
+        *(int *)CMSG_DATA(&control.head) = call->request.descriptor;
+        message.msg_control = &control;
+        message.msg_controllen = sizeof control;
+    }
+    do
+        result = sys3(SYS_sendmsg, call->socket, &message, MSG_NOSIGNAL);
+    while (result == -EINTR);
+    return result;
+}
+
+/* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
+ * interruption the keeper has the last word, since it may have granted the lock just before. */
+static enum outcome receive_answer(struct call *call) {
+    int cancelled = 0;
+
+    for (;;) {
+        long got = sys6(SYS_recvfrom, call->socket, SYS_ARG(&call->answer), sizeof call->answer - 1,
+                        0, 0, 0);
+
+        if (got == -EINTR) {
+            if (call->blocking && !cancelled) {
+                call->request.kind = KIND_CANCEL;
+                send_request(call, 0);
+                call->request.kind = KIND_LOCK;
+                cancelled = 1;
+            }
+            continue;
+        }
+        if (got < PROTOCOL_ANSWER_HEAD || call->answer.magic != PROTOCOL_MAGIC) {
+            if (!cancelled)
+                return LOST;
+            call->answer.kind = KIND_ANSWER;
+            call->answer.error = EINTR;
+            return ANSWERED;
+        }
+        ((char *)&call->answer)[got] = 0;
+        return call->answer.kind == KIND_REFUSAL ? refuse(call, call->answer.text) : ANSWERED;
+    }
+}
+
+static enum outcome ask(struct call *call) {
+    enum outcome outcome = open_socket(call);
+
+    if (outcome != ANSWERED)
+        return outcome;
+    outcome = connect_keeper(call);
+    if (outcome == ANSWERED) {
+        long sent = send_request(call, 1);
+
+        if (sent == -ETOOMANYREFS)
+            outcome =
+                refuse(call, "too many descriptors are on their way; raise the limit (ulimit -n)");
+        else
+            outcome = sent < 0 ? LOST : receive_answer(call);
+    }
+    close_socket(call);
+    return outcome;
+}
+
+static enum outcome ask_until_answered(struct call *call) {
+    int starts = 0;
+
+    for (int lost = 0; lost < MAX_LOST;) {
+        enum outcome outcome = ask(call);
+
+        if (outcome == NO_KEEPER) {
+            const char *failure;
+
+            /* Where no keeper runs, nothing is held. */
+            if (call->request.operation == LOCK_UN)
+                return ANSWERED;
+            if (starts++ == MAX_STARTS)
+                break;
+            failure = start_keeper(call->config, &call->rendezvous);
+            if (failure)
+                return refuse(call, failure);
+        } else if (outcome == LOST) {
+            lost++;
+        } else {
+            return outcome;
+        }
+    }
+    return refuse(call,
+                  "the keeper does not stay alive; see keeper.log in the rendezvous directory");
+}
+
+int client_flock(const struct config *config, int descriptor, int operation, int kernel_error) {
+    struct call call = {.config = config, .blocking = !(operation & LOCK_NB)};
+    struct stat status;
+    int result = (int)sys2(SYS_fstat, descriptor, &status);
+
+    if (operation & LOCK_UN) {
+        operation = LOCK_UN;
+        call.blocking = 0;
+    }
+    if (result < 0)
+        return result;
+    call.request = (struct protocol_request){.magic = PROTOCOL_MAGIC,
+                                             .version = PROTOCOL_VERSION,
+                                             .kind = KIND_LOCK,
+                                             .operation = operation,
+                                             .descriptor = descriptor,
+                                             .device = status.st_dev,
+                                             .inode = status.st_ino};
+    if (config->bad) {
+        char what[128];
+        struct text text = text_over(what, sizeof what);
+
+        text_add(&text, config->bad);
+        text_add(&text, " cannot be understood; see flockshim --help");
+        report(config, descriptor, what);
+        return -kernel_error;
+    }
+    if (rendezvous_find(config, &call.rendezvous) < 0) {
+        report(config, descriptor,
+               "the name of the rendezvous directory is too long; set FLOCKSHIM_DIR");
+        return -kernel_error;
+    }
+    if (ask_until_answered(&call) == REFUSED) {
+        report(config, descriptor, call.refusal);
+        return -kernel_error;
+    }
+    return -call.answer.error;
+}

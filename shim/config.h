@@ -1,0 +1,38 @@
+/* What the environment asks of the shim. Read once, when the library is loaded: a program may
+ * change or overwrite its environment later (setproctitle does), and reading it then would race
+ * with setenv(3). */
+#ifndef FLOCKSHIM_CONFIG_H
+#define FLOCKSHIM_CONFIG_H
+
+#define CONFIG_MAX_TRIGGERS 32
+#define CONFIG_MAX_PATH 4096
+/* So that DIR/k-<16 digits>.sock fits into sun_path, unix(7). */
+#define CONFIG_MAX_DIRECTORY 84
+
+/* The kernel's ENOTSUPP, which some network file systems let through; C libraries have no name for
+ * it. */
+#define ERRNO_KERNEL_ENOTSUPP 524
+
+enum config_mode { MODE_HOST, MODE_SUCCESS, MODE_FAIL };
+
+struct config {
+    int loaded;
+    enum config_mode mode;
+    int force;
+    int quiet;
+    int simulate; /* errno that stands in for the kernel's answer; 0: ask the kernel */
+    int triggers[CONFIG_MAX_TRIGGERS];
+    int trigger_count;
+    const char *bad; /* the variable that could not be understood, or NULL */
+    char simulate_directory[CONFIG_MAX_PATH];
+    char directory[CONFIG_MAX_PATH]; /* FLOCKSHIM_DIR, or empty */
+    char python[CONFIG_MAX_PATH];
+    char home[CONFIG_MAX_PATH];
+};
+
+const struct config *config_get(void);
+int config_triggers(const struct config *config, int error);
+
+extern char **environ __attribute__((weak));
+
+#endif

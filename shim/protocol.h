@@ -1,0 +1,42 @@
+/* What the shim and the keeper say to each other: one packet each way on a SOCK_SEQPACKET
+ * connection, and a second packet from the shim where a wait is given up. The first three members
+ * never change. */
+#ifndef FLOCKSHIM_PROTOCOL_H
+#define FLOCKSHIM_PROTOCOL_H
+
+#include <stdint.h>
+
+#define PROTOCOL_MAGIC 0x4b434c46u
+#define PROTOCOL_VERSION 1
+#define PROTOCOL_TEXT 400
+
+enum protocol_kind {
+    KIND_LOCK = 1, /* with the descriptor attached; operation as in flock(2) */
+    KIND_CANCEL =
+        2, /* the waiting call was interrupted: answer EINTR, or 0 if it was granted just now */
+    KIND_ANSWER = 3,  /* error is 0 or the errno for the program */
+    KIND_REFUSAL = 4, /* the protection cannot be given; text says why */
+};
+
+struct protocol_request {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t kind;
+    int32_t operation;
+    int32_t
+        descriptor; /* its number in the program: where the keeper looks first whether it is open */
+    uint64_t device;
+    uint64_t inode;
+};
+
+struct protocol_answer {
+    uint32_t magic;
+    uint16_t version;
+    uint16_t kind;
+    int32_t error;
+    char text[PROTOCOL_TEXT];
+};
+
+#define PROTOCOL_ANSWER_HEAD 12
+
+#endif

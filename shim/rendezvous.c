@@ -1,0 +1,71 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "rendezvous.h"
+#include "syscalls.h"
+#include "text.h"
+
+#define FNV_OFFSET 14695981039346656037u
+#define FNV_PRIME 1099511628211u
+
+static uint64_t hash(uint64_t sum, const void *bytes, long size) {
+    const unsigned char *at = bytes;
+
+    while (size-- > 0)
+        sum = (sum ^ *at++) * FNV_PRIME;
+    return sum;
+}
+
+/* /proc/self describes the main thread, which may have ended; thread-self came with Linux 3.17. */
+static uint64_t hash_namespace(uint64_t sum) {
+    struct stat status;
+
+    if (sys4(SYS_newfstatat, AT_FDCWD, "/proc/thread-self/ns/pid", &status, 0) < 0 &&
+        sys4(SYS_newfstatat, AT_FDCWD, "/proc/self/ns/pid", &status, 0) < 0)
+        return sum;
+    return hash(sum, &status.st_ino, sizeof status.st_ino);
+}
+
+static uint64_t hash_control_group(uint64_t sum) {
+    char buffer[2048];
+    long got;
+    long file = sys4(SYS_openat, AT_FDCWD, "/proc/thread-self/cgroup", O_RDONLY | O_CLOEXEC, 0);
+
+    if (file == -ENOENT)
+        file = sys4(SYS_openat, AT_FDCWD, "/proc/self/cgroup", O_RDONLY | O_CLOEXEC, 0);
+    if (file < 0)
+        return sum;
+    while ((got = sys3(SYS_read, file, buffer, sizeof buffer)) > 0)
+        sum = hash(sum, buffer, got);
+    sys1(SYS_close, file);
+    return sum;
+}
+
+static void add_default_directory(struct text *text) {
+    int shared_memory = sys3(SYS_faccessat, AT_FDCWD, "/dev/shm", W_OK | X_OK) == 0;
+
+    text_add(text, shared_memory ? "/dev/shm/flockshim-" : "/tmp/flockshim-");
+    text_add_number(text, sys0(SYS_geteuid));
+}
+
+int rendezvous_find(const struct config *config, struct rendezvous *rendezvous) {
+    struct text directory = text_over(rendezvous->directory, sizeof rendezvous->directory);
+    struct text key = text_over(rendezvous->key, sizeof rendezvous->key);
+    struct text path = text_over(rendezvous->address.sun_path, sizeof rendezvous->address.sun_path);
+
+    if (*config->directory)
+        text_add(&directory, config->directory);
+    else
+        add_default_directory(&directory);
+    text_add_hex(&key, hash_control_group(hash_namespace(FNV_OFFSET)));
+    rendezvous->address.sun_family = AF_UNIX;
+    text_add(&path, rendezvous->directory);
+    text_add(&path, "/k-");
+    text_add(&path, rendezvous->key);
+    text_add(&path, ".sock");
+    return directory.truncated || path.truncated ? -ENAMETOOLONG : 0;
+}

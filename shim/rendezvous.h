@@ -1,0 +1,20 @@
+/* Where the programs of one user on one host meet: the directory, and the names in it. */
+#ifndef FLOCKSHIM_RENDEZVOUS_H
+#define FLOCKSHIM_RENDEZVOUS_H
+
+#include <sys/un.h>
+
+#include "config.h"
+
+#define RENDEZVOUS_KEY_SIZE 17
+
+struct rendezvous {
+    char directory[CONFIG_MAX_DIRECTORY + 1];
+    char key[RENDEZVOUS_KEY_SIZE]; /* one keeper for each key in a directory */
+    struct sockaddr_un address;
+};
+
+/* 0, or -ENAMETOOLONG where FLOCKSHIM_DIR is too long for a socket address. */
+int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);
+
+#endif

@@ -1,0 +1,71 @@
+/* The keeper's side of the conversation, one call a packet. */
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "native.h"
+
+static void take_descriptor(struct msghdr *message, struct native_packet *packet) {
+    for (struct cmsghdr *head = CMSG_FIRSTHDR(message); head; head = CMSG_NXTHDR(message, head)) {
+        if (head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS)
+            memcpy(&packet->descriptor, CMSG_DATA(head), sizeof(int));
+    }
+}
+
+void native_receive(int connection, struct native_packet *packet) {
+    union {
+        struct cmsghdr head;
+        char bytes[CMSG_SPACE(sizeof(int))];
+    } control;
+    struct iovec part = {.iov_base = &packet->request, .iov_len = sizeof packet->request};
+    struct msghdr message = {.msg_iov = &part,
+                             .msg_iovlen = 1,
+                             .msg_control = &control,
+                             .msg_controllen = sizeof control};
+    ssize_t got;
+
+    packet->connection = connection;
+    packet->descriptor = -1;
+    do
+        got = recvmsg(connection, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+    while (got < 0 && errno == EINTR);
+    packet->size = got < 0 ? -errno : (int)got;
+    if (got > 0)
+        take_descriptor(&message, packet);
+}
+
+/* Sets connection to -errno where there is none to accept; a stranger's is closed: SO_PEERCRED,
+ * unix(7). */
+void native_accept(int listener, struct native_packet *packet) {
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    int connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);
+
+    packet->connection = connection < 0 ? -errno : connection;
+    if (connection < 0)
+        return;
+    if (getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 ||
+        peer.uid != geteuid()) {
+        close(connection);
+        packet->connection = -EPERM;
+        return;
+    }
+    native_receive(connection, packet);
+    packet->pid = peer.pid;
+}
+
+int native_answer(int connection, int kind, int error, const char *text) {
+    struct protocol_answer answer = {.magic = PROTOCOL_MAGIC,
+                                     .version = PROTOCOL_VERSION,
+                                     .kind = (uint16_t)kind,
+                                     .error = error};
+    size_t length = strlen(text);
+
+    if (length >= PROTOCOL_TEXT)
+        length = PROTOCOL_TEXT - 1;
+    memcpy(answer.text, text, length);
+    if (send(connection, &answer, PROTOCOL_ANSWER_HEAD + length, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
+        return -errno;
+    return 0;
+}

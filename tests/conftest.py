@@ -1,0 +1,92 @@
+"""Fixtures of the whole suite: a rendezvous directory of its own, and the two worlds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.keepers import end_keepers
+from support.worlds import World
+
+NATIVE_ROOT = "/dev/shm"
+
+
+def _rendezvous_directory() -> Iterator[Path]:
+    # Short, because a socket's path has at most 107 bytes (unix(7)).
+    path = Path(tempfile.mkdtemp(prefix="fs-", dir=NATIVE_ROOT))
+    yield path
+    end_keepers(path)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def session_rendezvous() -> Iterator[Path]:
+    """The rendezvous directory that tests share when they don't touch the keeper."""
+    yield from _rendezvous_directory()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _away_from_the_users_keeper(session_rendezvous: Path) -> Iterator[None]:
+    """Whatever a test starts, it must not meet the keeper that the user runs for real work."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOCKSHIM_DIR", str(session_rendezvous))
+        yield
+
+
+@pytest.fixture
+def rendezvous() -> Iterator[Path]:
+    """An empty rendezvous directory for this test alone."""
+    yield from _rendezvous_directory()
+
+
+def shim_environment(rendezvous: Path, **more: str) -> dict[str, str]:
+    """An environment under the shim with RENDEZVOUS, and with the variables MORE."""
+    import flockshim  # noqa: PLC0415  (the native world is tested without the product)
+
+    base = {key: value for key, value in os.environ.items() if not key.startswith("FLOCKSHIM_")}
+    return flockshim.environ(mode="host", base={**base, "FLOCKSHIM_DIR": str(rendezvous), **more})
+
+
+def emulated_world(request: pytest.FixtureRequest, rendezvous: Path) -> World:
+    """A directory whose flock fails in the kernel, and the shim."""
+    directory = request.getfixturevalue("nolock_dir")
+    return World("emulated", directory, shim_environment(rendezvous))
+
+
+def _ended_quietly(world: World) -> None:
+    errors = world.end()
+    assert errors == "", f"standard error of the programs: {errors}"
+
+
+@pytest.fixture(params=["native", "emulated"])
+def world(request: pytest.FixtureRequest, session_rendezvous: Path) -> Iterator[World]:
+    """Each of the two worlds in turn: whatever is expected here, is expected of both."""
+    if request.param == "native":
+        with tempfile.TemporaryDirectory(prefix="native-", dir=NATIVE_ROOT) as directory:
+            native = World("native", Path(directory), os.environ)
+            yield native
+            _ended_quietly(native)
+    else:
+        emulated = emulated_world(request, session_rendezvous)
+        yield emulated
+        _ended_quietly(emulated)
+
+
+@pytest.fixture
+def emulated(request: pytest.FixtureRequest, session_rendezvous: Path) -> Iterator[World]:
+    """The emulated world alone, for what only it promises."""
+    emulated = emulated_world(request, session_rendezvous)
+    yield emulated
+    _ended_quietly(emulated)
+
+
+@pytest.fixture
+def fresh_world(request: pytest.FixtureRequest, rendezvous: Path) -> Iterator[World]:
+    """The emulated world with a rendezvous directory, and so a keeper, for this test alone."""
+    emulated = emulated_world(request, rendezvous)
+    yield emulated
+    _ended_quietly(emulated)

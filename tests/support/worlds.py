@@ -1,0 +1,100 @@
+"""The two worlds that must not differ: a file system whose kernel locks, and one under the shim."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from support.driver import EX, NB, UN, Call, Driver, Fleet
+from support.proc import await_true, thread_state
+
+FLOCK_SYSCALL = {"x86_64": 73, "aarch64": 32}.get(platform.machine(), -1)
+
+
+class World:
+    """A directory, and the environment in which programs can lock the files in it."""
+
+    def __init__(
+        self, name: str, directory: Path, environment: Mapping[str, str], *prefix: str
+    ) -> None:
+        """PREFIX is a command that starts every program of this world, such as unshare(1)."""
+        self.name = name
+        self.directory = directory
+        self.environment = dict(environment)
+        self.emulated = name == "emulated"
+        self.prefix = prefix
+        self.fleet = Fleet(environment)
+        self._prober: tuple[Driver, int] | None = None
+
+    def start(self) -> Driver:
+        """A new process of this world."""
+        return self.fleet.start(None, *self.prefix)
+
+    def file(self, name: str = "file") -> Path:
+        """An empty file in this world's directory."""
+        path = self.directory / name
+        path.touch()
+        return path
+
+    def opened(self, name: str = "file") -> tuple[Driver, int]:
+        """A new process, and its descriptor of the file NAME."""
+        driver = self.start()
+        return driver, driver.open(self.directory / name)
+
+    def probe(self, path: Path | str, operation: int) -> int:
+        """Result of a non-blocking try from a description, and process, of its own; undone."""
+        driver = self._prober_process()[0]
+        fd = driver.open(path, os.O_RDONLY)
+        result = driver.flock(fd, operation | NB)
+        driver.close(fd)
+        return result
+
+    def free(self, path: Path | str) -> bool:
+        """Whether nobody holds any lock on PATH."""
+        return self.probe(path, EX) == 0
+
+    def await_blocked(self, *calls: Call) -> None:
+        """Return when each of CALLS, made in a thread that does nothing else, waits for its lock.
+
+        Natively a thread that sleeps in flock(2) waits. Under the shim it waits when the keeper
+        has its request and has not answered: it sleeps outside flock(2), and has not been switched
+        in or out during two round trips of other requests to the same keeper. The keeper takes
+        what is ready before it asks for more, so after two round trips it has dealt with all that
+        was sent before them; and an answer makes the sleeper runnable in the very send(2).
+        """
+        for call in calls:
+            await_true(lambda call=call: self._quiescent(call), f"{call.driver} to be blocked")
+
+    def _quiescent(self, call: Call) -> bool:
+        if call.returned():
+            raise AssertionError(f"{call.driver}: {call.value()} from a call that should block")
+        before = thread_state(call.driver.pid, call.tid)
+        if before is None or not before.asleep:
+            return False
+        if not self.emulated:
+            return before.syscall == FLOCK_SYSCALL
+        if before.syscall == FLOCK_SYSCALL:
+            return False
+        self.round_trip()
+        self.round_trip()
+        return thread_state(call.driver.pid, call.tid) == before
+
+    def round_trip(self) -> None:
+        """A lock call of nobody else's concern, answered by the keeper when there is one."""
+        driver, fd = self._prober_process()
+        assert driver.flock(fd, EX | NB) == 0
+        assert driver.flock(fd, UN) == 0
+
+    def _prober_process(self) -> tuple[Driver, int]:
+        if self._prober is None:
+            driver = self.start()
+            self._prober = driver, driver.open(self.directory / f".prober-{driver.pid}")
+        return self._prober
+
+    def end(self) -> str:
+        """End every process; what they wrote on standard error."""
+        errors = self.fleet.errors()
+        self.fleet.end()
+        return errors
