@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "flockshim.libflockshim"
 
 SHIM_SOURCES = ["flock", "client", "start", "rendezvous", "report", "config", "text", "memory"]
-NATIVE_SOURCES = ["requests", "process", "descriptions", "processes"]
+NATIVE_SOURCES = ["requests", "process", "descriptions", "inflight", "processes"]
 
 STRICT = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 # No libc: one file for glibc of any age and for musl. The compiler must not call it behind our back either.
@@ -53,23 +53,26 @@ CDEF = """
         int connection;
         int pid;
         int descriptor;
-        int size;
+        int status;
         struct protocol_request request;
     };
     struct native_place {
         int pid;
         int number;
     };
-    #define PROTOCOL_MAGIC ...
     #define PROTOCOL_VERSION ...
-    #define KIND_LOCK ...
-    #define KIND_CANCEL ...
+    #define STATUS_LOCK ...
+    #define STATUS_CANCEL ...
+    #define STATUS_NOTHING ...
+    #define STATUS_VERSION ...
+    #define STATUS_FULL ...
     #define KIND_ANSWER ...
     #define KIND_REFUSAL ...
 
     void native_accept(int listener, struct native_packet *packet);
     void native_receive(int connection, struct native_packet *packet);
-    int native_answer(int connection, int kind, int error, const char *text);
+    void native_answer(int connection, int kind, int error, const char *text);
+    int native_try_lock(int descriptor, int exclusive);
     int native_same_description(int one, int other);
     int native_compare(int one, int other, int *error);
     int native_is_open_at(int kept, int pid, int number);

@@ -52,9 +52,10 @@ def seconds(command: list[str]) -> float:
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else ROUNDS
-    measured: dict[str, list[float]] = {name: [] for name in commands()}
+    compared = commands()
+    measured: dict[str, list[float]] = {name: [] for name in compared}
     for _ in range(rounds):
-        for name, command in commands().items():
+        for name, command in compared.items():
             measured[name].append(seconds(command))
     bare = statistics.median(measured["python -I -S -c pass"])
     print(f"{rounds} rounds, {os.cpu_count()} cores, Linux {os.uname().release}, Python {sys.version.split()[0]}")

@@ -103,7 +103,7 @@ static long send_request(struct call *call, int with_descriptor) {
 /* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
  * interruption the keeper has the last word, since it may have granted the lock just before. */
 static enum outcome receive_answer(struct call *call) {
-    int cancelled = 0;
+    int cancelled = 0, reset = 0;
 
     for (;;) {
         long got = sys6(SYS_recvfrom, call->socket, SYS_ARG(&call->answer), sizeof call->answer - 1,
@@ -116,6 +116,12 @@ static enum outcome receive_answer(struct call *call) {
                 call->request.kind = KIND_LOCK;
                 cancelled = 1;
             }
+            continue;
+        }
+        /* A keeper that closes before it has read our second packet resets the connection, and the
+         * kernel tells that before it hands out the answer: unix(7). */
+        if (got == -ECONNRESET && !reset) {
+            reset = 1;
             continue;
         }
         if (got < PROTOCOL_ANSWER_HEAD || call->answer.magic != PROTOCOL_MAGIC) {

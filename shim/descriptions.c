@@ -102,25 +102,36 @@ static int find_among_descriptors(void *argument, pid_t pid) {
 }
 
 static int is_carrying(const struct search *search, pid_t pid, int number) {
-    char name[64], path[PATH_SIZE];
+    char path[PATH_SIZE];
 
-    (void)search;
-    if (!path_of(pid, number, path) || strncmp(path, "socket:[", 8) != 0)
-        return 0;
-    snprintf(name, sizeof name, "/proc/%d/fdinfo/%d", pid, number);
-    return file_has_nonzero_field(name, "scm_fds:");
+    return path_of(pid, number, path) && strncmp(path, "socket:[", 8) == 0 &&
+           socket_may_carry(pid, number, search->kept);
 }
 
-/* A description without a descriptor: mapped into memory, mmap(2), or under way in a socket,
- * unix(7). A process that has changed its privileges may not be looked into; the one that locked is
- * then taken to hold on. */
-static int find_hidden(void *argument, pid_t pid) {
-    struct search *search = argument;
+static int has_path(const struct search *search, pid_t pid, int number) {
+    char path[PATH_SIZE];
+
+    return path_of(pid, number, path) && strcmp(path, search->path) == 0;
+}
+
+/* The kernel does not say which description a mapping was made by. One in a process that has
+ * another description of the file open is taken for a mapping of that: else a program's crash would
+ * block all those that have the file mapped. */
+static int is_mapped(const struct search *search, pid_t pid) {
     char maps[64];
 
     snprintf(maps, sizeof maps, "/proc/%d/maps", pid);
-    if (!file_has_line_with(maps, search->mapping, search->path) &&
-        descriptors_find(pid, is_carrying, search) < 0 &&
+    return file_has_line_with(maps, search->mapping, search->path) &&
+           descriptors_find(pid, has_path, search) < 0;
+}
+
+/* A description without a descriptor: mapped into memory, mmap(2), or under way in a socket. A
+ * process that has changed its privileges may not be looked into; the one that locked is then taken
+ * to hold on. */
+static int find_hidden(void *argument, pid_t pid) {
+    struct search *search = argument;
+
+    if (!is_mapped(search, pid) && descriptors_find(pid, is_carrying, search) < 0 &&
         !(pid == search->known_pid && !descriptors_readable(pid)))
         return 0;
     *search->place = (struct native_place){.pid = pid, .number = -1};

@@ -3,27 +3,41 @@
 #define FLOCKSHIM_NATIVE_H
 
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "protocol.h"
+
+enum native_status {
+    STATUS_LOCK,    /* a request, with its description */
+    STATUS_CANCEL,  /* a waiting call was interrupted */
+    STATUS_NOTHING, /* no packet yet */
+    STATUS_ENDED,   /* the connection has ended, or what came was no request of ours */
+    STATUS_VERSION, /* a shim of another version */
+    STATUS_FULL,    /* the description could not be taken: no descriptor left */
+};
 
 /* One packet as it came: see requests.c. */
 struct native_packet {
     int connection;
     int pid;
     int descriptor; /* the description that came along, or -1 */
-    int size; /* 0 at the end of the connection, -errno on failure: -EAGAIN where none is there yet
-               */
+    int status;
     struct protocol_request request;
 };
 
 void native_accept(int listener, struct native_packet *packet);
 void native_receive(int connection, struct native_packet *packet);
-int native_answer(int connection, int kind, int error, const char *text);
+/* Sends the answer and closes the connection. */
+void native_answer(int connection, int kind, int error, const char *text);
 
-/* Whether two descriptors of this process are one open file description: 1, 0, or -errno. See
- * descriptions.c. */
+/* flock(2) without waiting: 1 if it was had, 0 if not, -ENOENT if it was had on an unlinked file.
+ */
+int native_try_lock(int descriptor, int exclusive);
+
+/* Whether two descriptors of this process are one description: 1, 0, or -errno. See descriptions.c.
+ */
 int native_same_description(int one, int other);
-/* <0, 0 or >0: an order over descriptions that never changes, kcmp(2); *error is set where it is
+/* <0, 0 or >0: an order over descriptions that never changes, kcmp(2); *error where it is
  * forbidden. */
 int native_compare(int one, int other, int *error);
 /* Whether descriptor `number` of process `pid` is the description `kept`. */
@@ -34,13 +48,15 @@ struct native_place {
     int number; /* -1: mapped, in flight, or in a process that may not be looked into */
 };
 
-/* Looks for the description `kept` (of the file device:inode) in all other processes. 1 and *place,
- * or 0. */
+/* Looks for the description `kept` (of device:inode) in all other processes. 1 and *place, or 0. */
 int native_find_open(int kept, uint64_t device, uint64_t inode, int known_pid,
                      struct native_place *place);
 
-/* clone(2) with CLONE_FILES: a second process on the same descriptor table. Returns as fork(2)
- * does, or -errno. */
+/* Whether `kept` may be on its way to the socket that is descriptor `number` of `pid`: inflight.c.
+ */
+int socket_may_carry(pid_t pid, int number, int kept);
+
+/* clone(2) with CLONE_FILES: a second process on this descriptor table. As fork(2), or -errno. */
 int native_clone_sharing_descriptors(void);
 int native_die_with_parent(int signal);
 int native_pidfd_open(int pid);

@@ -97,16 +97,18 @@ static FILE *open_file(const char *name) {
     return fopen(name, "re");
 }
 
-int file_has_nonzero_field(const char *file, const char *field) {
+long file_field(const char *file, const char *field) {
     FILE *stream = open_file(file);
     char line[256];
-    int found = 0;
+    long value = 0;
 
-    while (stream && !found && fgets(line, sizeof line, stream))
-        found = strncmp(line, field, strlen(field)) == 0 && atol(line + strlen(field)) > 0;
+    while (stream && fgets(line, sizeof line, stream)) {
+        if (strncmp(line, field, strlen(field)) == 0)
+            value = atol(line + strlen(field));
+    }
     if (stream)
         fclose(stream);
-    return found;
+    return value;
 }
 
 static int ends_in(const char *line, size_t length, const char *path) {

@@ -15,7 +15,8 @@ int processes_find(process_test test, void *argument);
 int descriptors_find(pid_t pid, descriptor_test test, const struct search *search);
 int descriptors_readable(pid_t pid);
 
-int file_has_nonzero_field(const char *file, const char *field);
+/* The number behind field at the beginning of a line, or 0. */
+long file_field(const char *file, const char *field);
 /* Whether a line of file contains part, or ends in path (if not empty). */
 int file_has_line_with(const char *file, const char *part, const char *path);
 

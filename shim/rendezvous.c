@@ -3,6 +3,7 @@
 #include <stdint.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "rendezvous.h"
@@ -52,6 +53,38 @@ static void add_default_directory(struct text *text) {
     text_add_number(text, sys0(SYS_geteuid));
 }
 
+/* Where a process belongs costs as much to read as all the rest of a lock call, and nearly never
+ * changes: its control group at most by being moved, its pid namespace never. So the last answer
+ * stands for a second, for this process only (not for a child that inherits the memory, nor for a
+ * parent that shares it by vfork). Pid 1 is left out: its child may be pid 1 too, of a namespace of
+ * its own. */
+static struct {
+    uint64_t stamp; /* pid and second of the answer; 0 while it is being written */
+    uint64_t key;
+} last;
+
+static uint64_t stamp_now(void) {
+    struct timespec now = {0};
+    uint64_t pid = (uint64_t)sys0(SYS_getpid);
+
+    sys2(SYS_clock_gettime, CLOCK_MONOTONIC_COARSE, &now);
+    return pid == 1 ? 0 : pid << 32 | ((uint64_t)now.tv_sec & 0xffffffff);
+}
+
+static uint64_t find_key(void) {
+    uint64_t stamp = stamp_now();
+    uint64_t key = __atomic_load_n(&last.key, __ATOMIC_ACQUIRE);
+
+    if (stamp && __atomic_load_n(&last.stamp, __ATOMIC_ACQUIRE) == stamp &&
+        __atomic_load_n(&last.key, __ATOMIC_ACQUIRE) == key)
+        return key;
+    key = hash_control_group(hash_namespace(FNV_OFFSET));
+    __atomic_store_n(&last.stamp, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&last.key, key, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&last.stamp, stamp, __ATOMIC_SEQ_CST);
+    return key;
+}
+
 int rendezvous_find(const struct config *config, struct rendezvous *rendezvous) {
     struct text directory = text_over(rendezvous->directory, sizeof rendezvous->directory);
     struct text key = text_over(rendezvous->key, sizeof rendezvous->key);
@@ -61,7 +94,7 @@ int rendezvous_find(const struct config *config, struct rendezvous *rendezvous) 
         text_add(&directory, config->directory);
     else
         add_default_directory(&directory);
-    text_add_hex(&key, hash_control_group(hash_namespace(FNV_OFFSET)));
+    text_add_hex(&key, find_key());
     rendezvous->address.sun_family = AF_UNIX;
     text_add(&path, rendezvous->directory);
     text_add(&path, "/k-");

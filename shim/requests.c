@@ -1,7 +1,9 @@
 /* The keeper's side of the conversation, one call a packet. */
 #include <errno.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "native.h"
@@ -11,6 +13,18 @@ static void take_descriptor(struct msghdr *message, struct native_packet *packet
         if (head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS)
             memcpy(&packet->descriptor, CMSG_DATA(head), sizeof(int));
     }
+}
+
+static int status_of(const struct native_packet *packet, ssize_t got) {
+    if (got < 0)
+        return errno == EAGAIN ? STATUS_NOTHING : STATUS_ENDED;
+    if (got != sizeof packet->request || packet->request.magic != PROTOCOL_MAGIC)
+        return STATUS_ENDED;
+    if (packet->request.version != PROTOCOL_VERSION)
+        return STATUS_VERSION;
+    if (packet->request.kind == KIND_CANCEL)
+        return STATUS_CANCEL;
+    return packet->descriptor < 0 ? STATUS_FULL : STATUS_LOCK;
 }
 
 void native_receive(int connection, struct native_packet *packet) {
@@ -30,13 +44,12 @@ void native_receive(int connection, struct native_packet *packet) {
     do
         got = recvmsg(connection, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
     while (got < 0 && errno == EINTR);
-    packet->size = got < 0 ? -errno : (int)got;
     if (got > 0)
         take_descriptor(&message, packet);
+    packet->status = status_of(packet, got);
 }
 
-/* Sets connection to -errno where there is none to accept; a stranger's is closed: SO_PEERCRED,
- * unix(7). */
+/* Sets connection to -errno where there is none; a stranger's is closed: SO_PEERCRED, unix(7). */
 void native_accept(int listener, struct native_packet *packet) {
     struct ucred peer;
     socklen_t size = sizeof peer;
@@ -55,17 +68,25 @@ void native_accept(int listener, struct native_packet *packet) {
     packet->pid = peer.pid;
 }
 
-int native_answer(int connection, int kind, int error, const char *text) {
-    struct protocol_answer answer = {.magic = PROTOCOL_MAGIC,
-                                     .version = PROTOCOL_VERSION,
-                                     .kind = (uint16_t)kind,
-                                     .error = error};
+void native_answer(int connection, int kind, int error, const char *text) {
+    struct protocol_answer answer;
     size_t length = strlen(text);
 
+    answer.magic = PROTOCOL_MAGIC;
+    answer.version = PROTOCOL_VERSION;
+    answer.kind = (uint16_t)kind;
+    answer.error = error;
     if (length >= PROTOCOL_TEXT)
         length = PROTOCOL_TEXT - 1;
     memcpy(answer.text, text, length);
-    if (send(connection, &answer, PROTOCOL_ANSWER_HEAD + length, MSG_NOSIGNAL | MSG_DONTWAIT) < 0)
-        return -errno;
-    return 0;
+    send(connection, &answer, PROTOCOL_ANSWER_HEAD + length, MSG_NOSIGNAL | MSG_DONTWAIT);
+    close(connection);
+}
+
+int native_try_lock(int descriptor, int exclusive) {
+    struct stat status;
+
+    if (flock(descriptor, (exclusive ? LOCK_EX : LOCK_SH) | LOCK_NB) < 0)
+        return errno == EWOULDBLOCK ? 0 : -errno;
+    return fstat(descriptor, &status) == 0 && status.st_nlink ? 1 : -ENOENT;
 }

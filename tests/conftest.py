@@ -8,11 +8,23 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from support.keepers import end_keepers
 from support.worlds import World
 
 NATIVE_ROOT = "/dev/shm"
+
+# In the first the same histories each time, unshrunk: a failure must not take the suite's time.
+hypothesis.settings.register_profile(
+    "suite",
+    max_examples=300,
+    derandomize=True,
+    database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
+hypothesis.settings.register_profile("soak", max_examples=5000)
+hypothesis.settings.load_profile("suite")
 
 
 def _rendezvous_directory() -> Iterator[Path]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import flockshim
 import pytest
@@ -56,11 +57,11 @@ def test_settings_given_win_over_variables() -> None:
         ({"quiet": True, "verbose": True}, "exclude each other"),
     ],
 )
-def test_wrong_settings(settings: dict[str, object], words: str) -> None:
+def test_wrong_settings(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(flockshim.FlockshimError, match=words):
-        flockshim.environ(base=BASE, **settings)  # type: ignore[arg-type]
+        flockshim.environ(base=BASE, **settings)
     with pytest.raises(flockshim.FlockshimError, match=words):
-        flockshim.run(["true"], env=BASE, **settings)  # type: ignore[call-overload]
+        flockshim.run(["true"], env=BASE, **settings)
 
 
 def test_run_is_subprocess_run_under_the_shim() -> None:

@@ -84,14 +84,10 @@ def run(
     if launch.needs_shim(environment):
         command = _started(args, subprocess_kwargs)
         executable.protected(command, environment, os.fsdecode(subprocess_kwargs.get("cwd") or ""))
-    return subprocess.run(
-        args, env=environment, check=subprocess_kwargs.pop("check", False), **subprocess_kwargs
-    )
+    return subprocess.run(args, env=environment, check=subprocess_kwargs.pop("check", False), **subprocess_kwargs)
 
 
-def _started(
-    args: Union[Command, Sequence[Command]], subprocess_kwargs: dict[str, Any]
-) -> list[str]:
+def _started(args: Union[Command, Sequence[Command]], subprocess_kwargs: dict[str, Any]) -> list[str]:
     """Return the words of which ``subprocess`` makes the program that it starts."""
     words = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
     command = [os.fsdecode(word) for word in words]

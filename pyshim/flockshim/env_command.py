@@ -92,8 +92,10 @@ def _next(words: "list[str]") -> str:
 
 
 def _split(text: str) -> "list[str]":
+    for separator in "\t\n\v\f\r":  # not what str.split() takes for white space
+        text = text.replace(separator, " ")
     words: list[str] = []
-    for word in text.split():
+    for word in filter(None, text.split(" ")):
         if any(character in SPLIT_SPECIAL for character in word):
             return [*words, UNREADABLE]
         words.append(word)
@@ -107,12 +109,8 @@ def _unset(name: str, path: "str | None") -> "str | None":
 
 
 def _refusal(what: str) -> FlockshimError:
-    return FlockshimError(
-        f"env: {what}, so the lock shim cannot work behind it: start flockshim behind env"
-    )
+    return FlockshimError(f"env: {what}, so the lock shim cannot work behind it: start flockshim behind env")
 
 
 def _unreadable(what: str) -> FlockshimError:
-    return FlockshimError(
-        f"env: {what}: flockshim cannot tell which program this starts: start flockshim behind env"
-    )
+    return FlockshimError(f"env: {what}: flockshim cannot tell which program this starts: start flockshim behind env")

@@ -28,9 +28,7 @@ def number(text: str, label: str) -> int:
     if value is None and name.isascii() and name.isdigit() and 0 < int(name) <= MAX_ERRNO:
         value = int(name)
     if not isinstance(value, int):
-        raise FlockshimError(
-            f"{label}: {name!r} is no errno: give a name such as ENOSYS or a number such as 38"
-        )
+        raise FlockshimError(f"{label}: {name!r} is no errno: give a name such as ENOSYS or a number such as 38")
     return value
 
 

@@ -15,6 +15,7 @@ knocked at cannot take the proxy again before the one who knocked.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -56,19 +57,19 @@ class _LockFile:
 
     def try_lock(self, exclusive: bool) -> bool:
         """Take or convert the lock if it is free; as in flock(2), a refused conversion loses what was held."""
-        operation = (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB
         while True:
             if self.descriptor < 0:
                 self.open()
-            try:
-                fcntl.flock(self.descriptor, operation)
-            except BlockingIOError:
-                self.mode = None
-                return False
-            if not self.is_unlinked():
+            result = lib.native_try_lock(self.descriptor, exclusive)
+            if result == 1:
                 self.mode = exclusive
                 return True
+            self.mode = None
+            if result == 0:
+                return False
             self.close()
+            if result != -errno.ENOENT:
+                raise OSError(-result, os.strerror(-result), self.path)
 
     def is_unlinked(self) -> bool:
         return os.fstat(self.descriptor).st_nlink == 0

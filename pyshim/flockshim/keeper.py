@@ -40,6 +40,8 @@ MAX_DESCRIPTORS = 65536
 TICK_SECONDS = 1.0
 DEFAULT_IDLE_SECONDS = 10.0
 EINTR, EWOULDBLOCK = 4, 11
+LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
+STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 
 
 class _File:
@@ -79,8 +81,9 @@ class Keeper:
         self.idle_seconds = idle_seconds
         self.files: dict[Key, _File] = {}
         self.packet = ffi.new("struct native_packet *")
-        self.last_activity = time.monotonic()
-        self.next_tick = self.last_activity + TICK_SECONDS
+        self.active = True
+        self.idle_since = 0.0
+        self.next_tick = time.monotonic() + TICK_SECONDS
         held = self._take_inventory()
         self.host = Host(directory)
         self.epoll = select.epoll()
@@ -174,9 +177,10 @@ class Keeper:
         for file in list(self.files.values()):
             self._decide(file, now)
         self.host.clean()
-        if self.files or self.connections:
-            self.last_activity = now
-        elif now - self.last_activity >= self.idle_seconds:
+        if self.files or self.connections or self.active:
+            self.idle_since = now
+            self.active = False
+        elif now - self.idle_since >= self.idle_seconds:
             self._leave()
 
     def _leave(self) -> None:
@@ -202,30 +206,50 @@ class Keeper:
     def _accept(self) -> None:
         packet = self.packet
         lib.native_accept(LISTENER, packet)
-        if packet.connection < 0:
+        descriptor = packet.connection
+        if descriptor < 0:
             return
-        self.last_activity = time.monotonic()
-        connection = _Connection(packet.connection, packet.pid)
-        if packet.size == -EWOULDBLOCK:
-            self.connections[connection.descriptor] = connection
-            self._watch(connection.descriptor, lambda: self._receive(connection))
-        else:
+        self.active = True
+        connection = _Connection(descriptor, packet.pid)
+        if packet.status == STATUS_LOCK:
             self._handle(connection)
+        elif packet.status == lib.STATUS_NOTHING:
+            self.connections[descriptor] = connection
+            self._watch(descriptor, lambda: self._receive(connection))
+        else:
+            self._turn_away(connection)
 
     def _receive(self, connection: _Connection) -> None:
-        lib.native_receive(connection.descriptor, self.packet)
-        if self.packet.size == -EWOULDBLOCK:
+        packet = self.packet
+        lib.native_receive(connection.descriptor, packet)
+        status = packet.status
+        if status == lib.STATUS_NOTHING:
             return
         if connection.waiter is None:
             self._forget_connection(connection)
+        else:
+            self._withdraw(connection)
+        if status == STATUS_LOCK:
             self._handle(connection)
-            return
-        cancelled = self.packet.size > 0
-        self._withdraw(connection)
-        if cancelled:
+        elif status == lib.STATUS_CANCEL:
             self._answer(connection, EINTR)
         else:
+            self._turn_away(connection)
+
+    def _turn_away(self, connection: _Connection) -> None:
+        packet = self.packet
+        if packet.status == lib.STATUS_VERSION:
+            self._refuse(
+                connection,
+                f"the keeper (pid {os.getpid()}) speaks version {lib.PROTOCOL_VERSION} of the protocol and this program "
+                f"{packet.request.version}: two versions of flockshim are in use; end the keeper's programs first",
+            )
+        elif packet.status == lib.STATUS_FULL:
+            self._refuse(connection, "the keeper has no descriptor left; raise its limit (ulimit -Hn)")
+        else:
             os.close(connection.descriptor)
+        if packet.descriptor >= 0:
+            os.close(packet.descriptor)
 
     def _withdraw(self, connection: _Connection) -> None:
         """The program has given up waiting, or has died."""
@@ -249,25 +273,6 @@ class Keeper:
     def _handle(self, connection: _Connection) -> None:
         packet = self.packet
         request = packet.request
-        if packet.size != ffi.sizeof(request) or request.magic != lib.PROTOCOL_MAGIC:
-            os.close(connection.descriptor)
-        elif request.version != lib.PROTOCOL_VERSION:
-            self._refuse(
-                connection,
-                f"the keeper (pid {os.getpid()}) speaks version {lib.PROTOCOL_VERSION} of the protocol and this "
-                f"program {request.version}: two versions of flockshim are in use; end the keeper's programs first",
-            )
-        elif packet.descriptor < 0:
-            self._refuse(connection, "the keeper has no descriptor left; raise its limit (ulimit -Hn)")
-        else:
-            self._handle_lock(connection)
-            return
-        if packet.descriptor >= 0:
-            os.close(packet.descriptor)
-
-    def _handle_lock(self, connection: _Connection) -> None:
-        packet = self.packet
-        request = packet.request
         operation, descriptor, number = request.operation, packet.descriptor, request.descriptor
         file = self._file((request.device, request.inode))
         description = file.descriptions.find(descriptor)
@@ -280,14 +285,14 @@ class Keeper:
                 self.processes.discard(description.pid, description)
             description.pid, description.number = connection.pid, number
         try:
-            if operation & fcntl.LOCK_UN:
+            if operation & LOCK_UN:
                 file.lock.release(description)
                 self._release_if_unused(file, description)
                 self._settle(file)
                 self._answer(connection, 0)
             else:
-                exclusive = bool(operation & fcntl.LOCK_EX)
-                self._lock(connection, file, description, exclusive, not operation & fcntl.LOCK_NB)
+                exclusive = bool(operation & LOCK_EX)
+                self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
             self._release_if_unused(file, description)
             self._refuse(connection, _cannot_lock(error))
@@ -328,12 +333,10 @@ class Keeper:
             self._settle(file)
 
     def _answer(self, connection: _Connection, error: int) -> None:
-        lib.native_answer(connection.descriptor, lib.KIND_ANSWER, error, b"")
-        os.close(connection.descriptor)
+        lib.native_answer(connection.descriptor, KIND_ANSWER, error, b"")
 
     def _refuse(self, connection: _Connection, text: str) -> None:
         lib.native_answer(connection.descriptor, lib.KIND_REFUSAL, 0, text.encode(errors="replace"))
-        os.close(connection.descriptor)
 
     # Files
 

@@ -92,9 +92,7 @@ def _variable(name: str) -> str:
     return "FLOCKSHIM_" + name.upper()
 
 
-def _source(
-    base: "Mapping[str, str]", name: str, given: "str | bool | None"
-) -> "tuple[str, str | bool | None]":
+def _source(base: "Mapping[str, str]", name: str, given: "str | bool | None") -> "tuple[str, str | bool | None]":
     """Return what an error calls the setting, and its value."""
     if given is None:
         # An empty variable is an unset one, as for most programs: job scripts cannot always unset.
@@ -181,9 +179,7 @@ def _python() -> str:
 
 def _refuse_contradictions(settings: "dict[str, str]", labels: "dict[str, str]") -> None:
     if settings["quiet"] and settings["verbose"]:
-        raise FlockshimError(
-            f"{labels['quiet']} and {labels['verbose']} exclude each other: leave one out"
-        )
+        raise FlockshimError(f"{labels['quiet']} and {labels['verbose']} exclude each other: leave one out")
     if settings["force"] and settings["simulate"]:
         raise FlockshimError(
             f"{labels['force']} and {labels['simulate']} exclude each other: the former never asks "

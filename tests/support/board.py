@@ -75,9 +75,7 @@ class Torture:
 
     def await_done(self, count: int, deadline: float) -> None:
         """Return when COUNT increments have been made."""
-        await_true(
-            lambda: self.done() >= count or self.failures() != "", f"{count} increments", deadline
-        )
+        await_true(lambda: self.done() >= count or self.failures() != "", f"{count} increments", deadline)
         assert self.failures() == ""
 
     def failures(self) -> str:

@@ -48,9 +48,7 @@ def thread_state(pid: int, tid: int) -> ThreadState | None:
     base = Path(f"/proc/{pid}/task/{tid}")
     try:
         call = (base / "syscall").read_text().split()
-        fields = dict(
-            line.split(":", 1) for line in (base / "status").read_text().splitlines() if ":" in line
-        )
+        fields = dict(line.split(":", 1) for line in (base / "status").read_text().splitlines() if ":" in line)
     except (FileNotFoundError, ProcessLookupError):
         return None
     number = int(call[0]) if call and call[0].lstrip("-").isdigit() else -1
@@ -73,14 +71,10 @@ def snapshot(pid: int) -> Snapshot:
     base = Path(f"/proc/{pid}")
     status = (base / "status").read_text().splitlines()
     return Snapshot(
-        descriptors={
-            int(entry): os.readlink(base / "fd" / entry) for entry in os.listdir(base / "fd")
-        },
+        descriptors={int(entry): os.readlink(base / "fd" / entry) for entry in os.listdir(base / "fd")},
         threads=len(os.listdir(base / "task")),
         children=len(children(pid)),
-        signals=dict(
-            line.split(":", 1) for line in status if line.startswith(("SigBlk", "SigIgn", "SigCgt"))
-        ),
+        signals=dict(line.split(":", 1) for line in status if line.startswith(("SigBlk", "SigIgn", "SigCgt"))),
         directory=os.readlink(base / "cwd"),
     )
 

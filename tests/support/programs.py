@@ -25,7 +25,5 @@ def program(name: str, compiler: str = "cc") -> Path:
         raise FileNotFoundError(f"no compiler {compiler}")
     target = Path(_build_directory().name) / f"{name}-{compiler}"
     source = SOURCES / f"{name}.c"
-    subprocess.run(
-        [found, *WARNINGS, "-O1", "-pthread", str(source), "-o", str(target)], check=True
-    )
+    subprocess.run([found, *WARNINGS, "-O1", "-pthread", str(source), "-o", str(target)], check=True)
     return target

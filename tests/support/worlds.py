@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from support.driver import EX, NB, UN, Call, Driver, Fleet
@@ -16,9 +16,7 @@ FLOCK_SYSCALL = {"x86_64": 73, "aarch64": 32}.get(platform.machine(), -1)
 class World:
     """A directory, and the environment in which programs can lock the files in it."""
 
-    def __init__(
-        self, name: str, directory: Path, environment: Mapping[str, str], *prefix: str
-    ) -> None:
+    def __init__(self, name: str, directory: Path, environment: Mapping[str, str], *prefix: str) -> None:
         """PREFIX is a command that starts every program of this world, such as unshare(1)."""
         self.name = name
         self.directory = directory
@@ -64,22 +62,24 @@ class World:
         what is ready before it asks for more, so after two round trips it has dealt with all that
         was sent before them; and an answer makes the sleeper runnable in the very send(2).
         """
-        for call in calls:
-            await_true(lambda call=call: self._quiescent(call), f"{call.driver} to be blocked")
+        if calls:
+            await_true(lambda: self._quiescent(calls), f"{[call.driver for call in calls]} to wait")
 
-    def _quiescent(self, call: Call) -> bool:
-        if call.returned():
-            raise AssertionError(f"{call.driver}: {call.value()} from a call that should block")
-        before = thread_state(call.driver.pid, call.tid)
-        if before is None or not before.asleep:
+    def _quiescent(self, calls: Sequence[Call]) -> bool:
+        for call in calls:
+            if call.returned():
+                raise AssertionError(f"{call.driver}: {call.value()} from a call that should wait")
+        before = [thread_state(call.driver.pid, call.tid) for call in calls]
+        if not all(state and state.asleep for state in before):
             return False
+        in_flock = [state is not None and state.syscall == FLOCK_SYSCALL for state in before]
         if not self.emulated:
-            return before.syscall == FLOCK_SYSCALL
-        if before.syscall == FLOCK_SYSCALL:
+            return all(in_flock)
+        if any(in_flock):
             return False
         self.round_trip()
         self.round_trip()
-        return thread_state(call.driver.pid, call.tid) == before
+        return [thread_state(call.driver.pid, call.tid) for call in calls] == before
 
     def round_trip(self) -> None:
         """A lock call of nobody else's concern, answered by the keeper when there is one."""

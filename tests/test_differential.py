@@ -1,0 +1,45 @@
+"""Histories over several processes and descriptions, natively and under the shim: equal call by call.
+
+A soak of thousands of fresh histories:
+
+    pytest tests/test_differential.py --hypothesis-profile=soak --timeout=0
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+from support.histories import KINDS, Observed, Raw, Runner, history
+from support.worlds import World
+
+MOST_STEPS = 30
+
+# Lock calls are what this is about: about half of all steps.
+kinds = strategies.one_of(strategies.just("lock"), strategies.sampled_from(KINDS))
+numbers = strategies.integers(0, 14)
+histories = strategies.lists(strategies.tuples(kinds, numbers, numbers, numbers), min_size=5, max_size=MOST_STEPS)
+
+
+@pytest.fixture
+def runners(emulated: World) -> Iterator[tuple[Runner, Runner]]:
+    with tempfile.TemporaryDirectory(prefix="native-", dir="/dev/shm") as directory:
+        native = World("native", Path(directory), os.environ)
+        yield Runner(native), Runner(emulated)
+        assert native.end() == ""
+
+
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture], deadline=None)
+@hypothesis.given(raws=histories)
+def test_equal_call_by_call(runners: tuple[Runner, Runner], raws: list[Raw]) -> None:
+    steps = history(raws)
+    hypothesis.note("\n".join(str(step) for step in steps))
+    native, emulated = (runner.run(steps) for runner in runners)
+    assert emulated == native
+    # The model has told the runners what to wait for, so it must be right as well.
+    assert native == [Observed(*step.expected, step.probes) for step in steps]
