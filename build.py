@@ -68,6 +68,7 @@ CDEF = """
     #define STATUS_FULL ...
     #define KIND_ANSWER ...
     #define KIND_REFUSAL ...
+    #define KIND_REDIRECT ...
 
     void native_accept(int listener, struct native_packet *packet);
     void native_receive(int connection, struct native_packet *packet);
@@ -75,6 +76,8 @@ CDEF = """
     int native_try_lock(int descriptor, int exclusive);
     int native_same_description(int one, int other);
     int native_compare(int one, int other, int *error);
+    int native_is_open_in(int kept, int pid);
+    void native_close(int descriptor);
     int native_is_open_at(int kept, int pid, int number);
     int native_find_open(int kept, uint64_t device, uint64_t inode, int known_pid,
                          struct native_place *place);

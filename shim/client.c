@@ -17,7 +17,7 @@
 #define MAX_LOST 20
 #define MAX_STARTS 3
 
-enum outcome { ANSWERED, LOST, NO_KEEPER, REFUSED };
+enum outcome { ANSWERED, LOST, NO_KEEPER, REDIRECTED, REFUSED };
 
 struct call {
     const struct config *config;
@@ -132,7 +132,9 @@ static enum outcome receive_answer(struct call *call) {
             return ANSWERED;
         }
         ((char *)&call->answer)[got] = 0;
-        return call->answer.kind == KIND_REFUSAL ? refuse(call, call->answer.text) : ANSWERED;
+        if (call->answer.kind == KIND_REFUSAL)
+            return refuse(call, call->answer.text);
+        return call->answer.kind == KIND_REDIRECT ? REDIRECTED : ANSWERED;
     }
 }
 
@@ -155,28 +157,36 @@ static enum outcome ask(struct call *call) {
     return outcome;
 }
 
-static enum outcome ask_until_answered(struct call *call) {
-    int starts = 0;
+/* Nobody listens: our own keeper must be started, unless there is nothing to unlock. */
+static enum outcome find_keeper(struct call *call, int redirected) {
+    const char *failure;
 
-    for (int lost = 0; lost < MAX_LOST;) {
+    if (redirected) {
+        rendezvous_find(call->config, &call->rendezvous);
+        return LOST;
+    }
+    if (call->request.operation == LOCK_UN)
+        return ANSWERED;
+    failure = start_keeper(call->config, &call->rendezvous);
+    return failure ? refuse(call, failure) : NO_KEEPER;
+}
+
+static enum outcome ask_until_answered(struct call *call) {
+    int starts = 0, redirected = 0;
+
+    for (int lost = 0; lost < MAX_LOST && starts <= MAX_STARTS;) {
         enum outcome outcome = ask(call);
 
         if (outcome == NO_KEEPER) {
-            const char *failure;
-
-            /* Where no keeper runs, nothing is held. */
-            if (call->request.operation == LOCK_UN)
-                return ANSWERED;
-            if (starts++ == MAX_STARTS)
-                break;
-            failure = start_keeper(call->config, &call->rendezvous);
-            if (failure)
-                return refuse(call, failure);
-        } else if (outcome == LOST) {
-            lost++;
-        } else {
-            return outcome;
+            outcome = find_keeper(call, redirected);
+            redirected = 0;
+        } else if (outcome == REDIRECTED) {
+            redirected = rendezvous_set_key(&call->rendezvous, call->answer.text) == 0;
         }
+        if (outcome == ANSWERED || outcome == REFUSED)
+            return outcome;
+        starts += outcome == NO_KEEPER;
+        lost += outcome != NO_KEEPER;
     }
     return refuse(call,
                   "the keeper does not stay alive; see keeper.log in the rendezvous directory");

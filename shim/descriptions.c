@@ -91,6 +91,12 @@ static int is_kept(const struct search *search, pid_t pid, int number) {
     return native_is_open_at(search->kept, pid, number);
 }
 
+int native_is_open_in(int kept, int pid) {
+    struct search search = {.kept = kept};
+
+    return descriptors_find(pid, is_kept, &search) >= 0;
+}
+
 static int find_among_descriptors(void *argument, pid_t pid) {
     struct search *search = argument;
     int number = descriptors_find(pid, is_kept, search);

@@ -42,6 +42,10 @@ int native_same_description(int one, int other);
 int native_compare(int one, int other, int *error);
 /* Whether descriptor `number` of process `pid` is the description `kept`. */
 int native_is_open_at(int kept, int pid, int number);
+/* Whether the description `kept` is open in process `pid`. */
+int native_is_open_in(int kept, int pid);
+/* close(2), for descriptors in the hot path. */
+void native_close(int descriptor);
 
 struct native_place {
     int pid;

@@ -44,3 +44,7 @@ int native_inotify_add_watch(int inotify, const char *path, uint32_t mask) {
 int native_inotify_rm_watch(int inotify, int watch) {
     return inotify_rm_watch(inotify, watch) < 0 ? -errno : 0;
 }
+
+void native_close(int descriptor) {
+    close(descriptor);
+}

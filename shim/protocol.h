@@ -14,8 +14,9 @@ enum protocol_kind {
     KIND_LOCK = 1, /* with the descriptor attached; operation as in flock(2) */
     KIND_CANCEL =
         2, /* the waiting call was interrupted: answer EINTR, or 0 if it was granted just now */
-    KIND_ANSWER = 3,  /* error is 0 or the errno for the program */
-    KIND_REFUSAL = 4, /* the protection cannot be given; text says why */
+    KIND_ANSWER = 3,   /* error is 0 or the errno for the program */
+    KIND_REFUSAL = 4,  /* the protection cannot be given; text says why */
+    KIND_REDIRECT = 5, /* another keeper has this description; text is its key */
 };
 
 struct protocol_request {

@@ -85,20 +85,30 @@ static uint64_t find_key(void) {
     return key;
 }
 
-int rendezvous_find(const struct config *config, struct rendezvous *rendezvous) {
-    struct text directory = text_over(rendezvous->directory, sizeof rendezvous->directory);
-    struct text key = text_over(rendezvous->key, sizeof rendezvous->key);
+int rendezvous_set_key(struct rendezvous *rendezvous, const char *key) {
+    struct text text = text_over(rendezvous->key, sizeof rendezvous->key);
     struct text path = text_over(rendezvous->address.sun_path, sizeof rendezvous->address.sun_path);
 
-    if (*config->directory)
-        text_add(&directory, config->directory);
-    else
-        add_default_directory(&directory);
-    text_add_hex(&key, find_key());
+    text_add(&text, key);
     rendezvous->address.sun_family = AF_UNIX;
     text_add(&path, rendezvous->directory);
     text_add(&path, "/k-");
     text_add(&path, rendezvous->key);
     text_add(&path, ".sock");
-    return directory.truncated || path.truncated ? -ENAMETOOLONG : 0;
+    return path.truncated ? -ENAMETOOLONG : 0;
+}
+
+int rendezvous_find(const struct config *config, struct rendezvous *rendezvous) {
+    struct text directory = text_over(rendezvous->directory, sizeof rendezvous->directory);
+    char digits[RENDEZVOUS_KEY_SIZE];
+    struct text key = text_over(digits, sizeof digits);
+
+    if (*config->directory)
+        text_add(&directory, config->directory);
+    else
+        add_default_directory(&directory);
+    if (directory.truncated)
+        return -ENAMETOOLONG;
+    text_add_hex(&key, find_key());
+    return rendezvous_set_key(rendezvous, digits);
 }

@@ -17,4 +17,7 @@ struct rendezvous {
 /* 0, or -ENAMETOOLONG where FLOCKSHIM_DIR is too long for a socket address. */
 int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);
 
+/* Turns to the keeper of another key in the same directory. As above. */
+int rendezvous_set_key(struct rendezvous *rendezvous, const char *key);
+
 #endif

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import emulated_world, shim_environment
-from flockshim.pytest_plugin import require
 from support.driver import BUSY, EX, NB, OK, SH, UN, Driver, Fleet
 from support.keepers import end_keepers, keeper_processes
 from support.proc import snapshot
+
+from flockshim.pytest_plugin import require
 
 NOBODY = 65534
 

@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import flockshim
 import pytest
+
+import flockshim
 
 MODULE = [sys.executable, "-m", "flockshim"]
 BASE = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD" and not name.startswith("FLOCKSHIM_")}

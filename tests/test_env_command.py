@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flockshim
 import pytest
+
+import flockshim
 from flockshim import executable
 
 

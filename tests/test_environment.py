@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flockshim
 import pytest
+
+import flockshim
 from flockshim import launch, preload_link
 
 MODULE = [sys.executable, "-m", "flockshim"]

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import flockshim
 import pytest
+
+import flockshim
 from flockshim import executable, launch
 
 MODULE = [sys.executable, "-m", "flockshim"]
@@ -130,7 +131,7 @@ def test_go_programs_are_refused(options: list[str], tmp_path: Path) -> None:
     source = tmp_path / "main.go"
     source.write_text('package main\nimport "os"\nfunc main() { os.Exit(7) }\n')
     program = tmp_path / "program"
-    env = {**BASE, "GOFLAGS": "", "GO111MODULE": "off", "GOCACHE": "/tmp/flockshim-test-go-cache"}
+    env = {**BASE, "GOFLAGS": "", "GO111MODULE": "off"}
     subprocess.run(["go", "build", *options, "-o", program, source], env=env, check=True)
     assert subprocess.run([program], check=False).returncode == 7
     word = "Go program" if "-ldflags=-buildid=" not in options else "statically linked"

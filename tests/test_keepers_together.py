@@ -9,13 +9,14 @@ from typing import NamedTuple
 
 import pytest
 from conftest import emulated_world, shim_environment
-from flockshim.pytest_plugin import require
 from support.board import Torture
 from support.driver import BUSY, EX, NB, OK, SH, UN, pass_descriptor
-from support.groups import PID_NAMESPACE, ControlGroup, NoControlGroups
+from support.groups import ControlGroup, NoControlGroups, PidNamespace
 from support.keepers import end_keepers, keepers
 from support.proc import await_true
 from support.worlds import World
+
+from flockshim.pytest_plugin import require
 
 
 class Sides(NamedTuple):
@@ -24,9 +25,13 @@ class Sides(NamedTuple):
     left: World
     right: World
     path: Path
+    border: ControlGroup | PidNamespace
 
 
-def _control_group() -> ControlGroup:
+def _border(kind: str) -> ControlGroup | PidNamespace:
+    if kind == "pid namespaces":
+        require(os.geteuid() == 0, "pid namespaces need root", "run the tests as root")
+        return PidNamespace()
     try:
         return ControlGroup()
     except NoControlGroups as error:
@@ -37,20 +42,13 @@ def _control_group() -> ControlGroup:
 @pytest.fixture(params=["control groups", "pid namespaces"])
 def sides(request: pytest.FixtureRequest, rendezvous: Path) -> Iterator[Sides]:
     left = emulated_world(request, rendezvous)
-    group = None
-    if request.param == "control groups":
-        group = _control_group()
-        prefix = group.prefix
-    else:
-        require(os.geteuid() == 0, "pid namespaces need root", "run the tests as root")
-        prefix = PID_NAMESPACE
-    right = World("emulated", left.directory, left.environment, *prefix)
-    yield Sides(left, right, left.file())
+    border = _border(request.param)
+    right = World("emulated", left.directory, left.environment, *border.prefix)
+    yield Sides(left, right, left.file(), border)
     assert right.end() == ""
     assert left.end() == ""
     end_keepers(rendezvous)
-    if group:
-        group.remove()
+    border.remove()
 
 
 def test_each_side_has_a_keeper(sides: Sides, rendezvous: Path) -> None:
@@ -129,7 +127,7 @@ def test_killing_one_side_whole_frees_only_its_locks(sides: Sides) -> None:
     waiting = sides.left.start()
     call = waiting.flock_later(waiting.open(sides.path), EX)
     sides.left.await_blocked(call)
-    sides.right.end()
+    sides.border.kill()
     assert call.result() == OK
     assert sides.left.probe(mine, SH) == BUSY
 

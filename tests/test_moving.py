@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from flockshim.pytest_plugin import require
 from support.driver import BUSY, EX, NB, OK, SH, UN, Driver
 from support.groups import ControlGroup, NoControlGroups
 from support.worlds import World
+
+from flockshim.pytest_plugin import require
 
 
 @pytest.fixture

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import flockshim
 import pytest
 from support.board import Torture
 from support.keepers import Keeper, keepers
 from support.proc import await_end, await_true
 from support.worlds import World
+
+import flockshim
 
 DEADLINE = 100.0
 

@@ -9,6 +9,7 @@ import os
 import select
 import signal
 import socket
+import traceback
 from typing import Optional
 
 from flockshim import fuse_libc, fuse_mount
@@ -64,6 +65,8 @@ def _serve(device: int, backing: str, flock: LockAnswer, posix: LockAnswer) -> N
         os.umask(0)
         Server(device, backing, flock, posix, _say_ready).serve()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

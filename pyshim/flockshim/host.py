@@ -15,6 +15,7 @@ knocked at cannot take the proxy again before the one who knocked.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -38,7 +39,7 @@ IDLE_PROXY_SECONDS = 1.0
 class _LockFile:
     """A file in the rendezvous directory, and this keeper's kernel lock on it."""
 
-    __slots__ = ("descriptor", "mode", "path", "proxy", "watch", "watcher")
+    __slots__ = ("alone", "descriptor", "mode", "path", "proxy", "watch", "watcher")
 
     def __init__(self, path: str, proxy: Proxy, watcher: _Watcher) -> None:
         self.path = path
@@ -47,12 +48,22 @@ class _LockFile:
         self.descriptor = -1
         self.watch = -1
         self.mode: bool | None = None
+        # We made the file, and nobody has opened it since.
+        self.alone = False
 
-    def open(self, descriptor: int | None = None) -> None:
-        if descriptor is None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-            descriptor = os.open(self.path, flags, 0o600)
+    def open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        try:
+            self.descriptor = os.open(self.path, flags | os.O_EXCL, 0o600)
+            self.alone = True
+        except FileExistsError:
+            self.descriptor = os.open(self.path, flags, 0o600)
+            self.alone = False
+        self.watcher.add(self)
+
+    def adopt(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self.alone = False
         self.watcher.add(self)
 
     def try_lock(self, exclusive: bool) -> bool:
@@ -79,10 +90,8 @@ class _LockFile:
         self.mode = None
 
     def knock(self) -> None:
-        try:
+        with contextlib.suppress(FileNotFoundError):
             os.close(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
-        except FileNotFoundError:
-            pass
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -119,7 +128,7 @@ class _Watcher:
                 self.files[file.watch] = file
 
     def remove(self, file: _LockFile) -> None:
-        if file.watch >= 0 and self.files.pop(file.watch, None):
+        if self.files.pop(file.watch, None):
             lib.native_inotify_rm_watch(self.descriptor, file.watch)
         file.watch = -1
 
@@ -227,6 +236,24 @@ class Host:
         proxy.main.knock()
         return False
 
+    def may_be_shared(self, key: Key) -> bool:
+        """Return whether another keeper may have clients that hold or want this file's lock."""
+        proxy = self.proxies.get(key)
+        if proxy and proxy.main.descriptor >= 0:
+            return not proxy.main.alone
+        return os.path.exists(proxy_path(self._directory, key))
+
+    def restore(self) -> list[Key]:
+        """Make the proxies again after the directory was removed. Returns those that somebody else has locked."""
+        lost = []
+        for key, proxy in self.proxies.items():
+            mode = proxy.main.mode
+            proxy.main.close()
+            proxy.turn.close()
+            if mode is not None and not proxy.main.try_lock(mode):
+                lost.append(key)
+        return lost
+
     def wait(self, key: Key, exclusive: bool, insist: bool) -> bool:
         """None of our clients holds but one wants to: get in line. Returns whether the lock was had now.
 
@@ -265,6 +292,8 @@ class Host:
                 self.recheck()
                 continue
             key = file.proxy.key
+            if mask & IN_OPEN:
+                file.alone = False
             if mask & IN_OPEN and file is file.proxy.main:
                 if file.mode is None:
                     self.opened.add(key)
@@ -302,6 +331,6 @@ class Host:
             os.close(descriptor)
             return
         proxy = self._proxy(key)
-        proxy.main.open(descriptor)
+        proxy.main.adopt(descriptor)
         if not proxy.main.try_lock(exclusive):
             proxy.main.try_lock(False)

@@ -22,10 +22,10 @@ class Journal:
         self.capacity = capacity
         self._memory = mmap.mmap(-1, capacity * _ENTRY.size)
 
-    def note(self, descriptor: int, exclusive: bool, device: int, inode: int, pid: int, number: int) -> None:
-        """Record that `descriptor` is a lock on device:inode, last seen in process `pid` as `number`."""
+    def note(self, descriptor: int, exclusive: bool, key: tuple[int, int], pid: int, number: int) -> None:
+        """Record that `descriptor` is a lock on file `key`, last seen in process `pid` as `number`."""
         at = descriptor * _ENTRY.size
-        _ENTRY.pack_into(self._memory, at, descriptor, pid, number, device, inode)
+        _ENTRY.pack_into(self._memory, at, descriptor, pid, number, *key)
         self._memory[at] = _EXCLUSIVE if exclusive else _SHARED
 
     def clear(self, descriptor: int) -> None:

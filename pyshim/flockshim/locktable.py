@@ -12,7 +12,7 @@ from collections import deque
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable
     from typing import Any
 
 GRANTED = 0
@@ -25,7 +25,7 @@ class Waiter:
 
     __slots__ = ("context", "exclusive", "owner")
 
-    def __init__(self, owner: Hashable, exclusive: bool, context: Any) -> None:
+    def __init__(self, owner: Any, exclusive: bool, context: Any) -> None:
         """Note the description, the mode asked for, and the caller's own `context` for the answer."""
         self.owner = owner
         self.exclusive = exclusive
@@ -56,14 +56,14 @@ class FileLock:
         self.holders: dict[Any, bool] = {}
         self.queue: deque[Waiter] = deque()
 
-    def conflicts(self, owner: Hashable, exclusive: bool) -> bool:
+    def conflicts(self, owner: Any, exclusive: bool) -> bool:
         """Return whether somebody else's lock forbids this mode to `owner`."""
         others = len(self.holders) - (owner in self.holders)
         if not others:
             return False
         return exclusive or any(mode for holder, mode in self.holders.items() if holder != owner)
 
-    def request(self, owner: Hashable, exclusive: bool, blocking: bool, context: Any = None) -> int:
+    def request(self, owner: Any, exclusive: bool, blocking: bool, context: Any = None) -> int:
         """Ask for a mode. Returns GRANTED, REFUSED (`blocking` is false) or WAITING.
 
         A refused or waiting conversion has lost the mode it had; call `serve` afterwards, since others may go on.
@@ -81,7 +81,7 @@ class FileLock:
         self.queue.append(Waiter(owner, exclusive, context))
         return WAITING
 
-    def release(self, owner: Hashable) -> bool:
+    def release(self, owner: Any) -> bool:
         """Take `owner`'s lock away. Returns whether it had one; call `serve` afterwards."""
         if owner not in self.holders:
             return False
@@ -106,17 +106,17 @@ class FileLock:
             served.append(waiter)
         return served
 
-    def adopt(self, owner: Hashable, exclusive: bool) -> None:
+    def adopt(self, owner: Any, exclusive: bool) -> None:
         """Note a lock that is held already, by the account of a keeper that has died."""
         self.holders[owner] = exclusive
 
-    def _try(self, owner: Hashable, exclusive: bool, barging: bool) -> bool:
+    def _try(self, owner: Any, exclusive: bool, barging: bool) -> bool:
         if self.conflicts(owner, exclusive) or not self._permit(exclusive, barging):
             return False
         self.holders[owner] = exclusive
         self._grant(owner, exclusive)
         return True
 
-    def _lose(self, owner: Hashable) -> None:
+    def _lose(self, owner: Any) -> None:
         del self.holders[owner]
         self._drop(owner)

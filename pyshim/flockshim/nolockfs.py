@@ -190,8 +190,11 @@ def _serve(options: argparse.Namespace) -> None:
     flock = answer(options.flock, "--flock")
     posix = answer(options.posix, "--posix")
     backing, mountpoint = os.path.realpath(options.backing), os.path.realpath(options.mountpoint)
+    for directory in (backing, mountpoint):
+        if not os.path.isdir(directory):
+            raise MountError(f"{directory} is no directory: make it first")
     if os.path.commonpath([backing, mountpoint]) == backing:
-        raise MountError(f"{mountpoint} is inside {backing}: the mount would wait for itself")
+        raise MountError(f"{mountpoint} is inside {backing}: choose one outside")
     _allow_many_descriptors()
     fuse_guard.run(backing, mountpoint, flock, posix, options.owner)
 

@@ -63,7 +63,7 @@ class Mounts:
 
     def get(self, flock: Errno, posix: Errno) -> Mount:
         """Return the mount on which locks are answered so, mounted now if need be."""
-        from flockshim import nolockfs  # noqa: PLC0415  (every pytest user would pay for it)
+        from flockshim import nolockfs
 
         key = str(flock), str(posix)
         if key not in self._mounted:
@@ -126,7 +126,7 @@ def simulate_flock() -> Callable[..., dict[str, str]]:
     def environment(
         errno: Errno = "ENOSYS", directory: str | os.PathLike[str] | None = None
     ) -> dict[str, str]:
-        import flockshim  # noqa: PLC0415
+        import flockshim
 
         where = "" if directory is None else f":{os.path.realpath(directory)}"
         return flockshim.environ(mode="fail", simulate=f"{errno}{where}")
@@ -150,7 +150,7 @@ def simulate_fcntl_flock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]
         directory: str | os.PathLike[str] | None = None,
         lockf: bool = False,
     ) -> None:
-        from flockshim import errnos  # noqa: PLC0415
+        from flockshim import errnos
 
         number = errnos.number(str(errno), "errno")
         below = None if directory is None else os.path.realpath(directory)

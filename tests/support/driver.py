@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from support.proc import DEADLINE, await_end, children
+from support.proc import DEADLINE, await_end, children, host_thread
 from support.programs import program
 
 ERRNO_BEFORE = 1234
@@ -118,7 +118,7 @@ class Driver:
     def flock_later(self, fd: int, operation: int) -> Call:
         """The same in a thread of its own, so that the driver goes on taking commands."""
         call = self.start("flocklater", fd, operation)
-        call.tid = call.value()[0]
+        call.tid = host_thread(self.pid, call.value()[0])
         return call
 
     def fork(self) -> Driver:
@@ -202,7 +202,8 @@ class Fleet:
         driver = Driver(process.pid, ours, self)
         if prefix:
             driver.ask("sigcount", 1)  # whoever answers is the driver, and runs
-            driver.pid = driver.tid = next(iter(children(process.pid)), process.pid)
+            while offspring := children(driver.pid):
+                driver.pid = driver.tid = offspring[0]
         return driver
 
     def errors(self) -> str:

@@ -7,6 +7,7 @@ import signal
 import tempfile
 from pathlib import Path
 
+from support.driver import Fleet
 from support.proc import await_end, await_true
 
 
@@ -77,5 +78,21 @@ class ControlGroup:
         return True
 
 
-PID_NAMESPACE = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
-"""A command that runs the one behind it as the first process of a new pid namespace."""
+class PidNamespace:
+    """A new pid namespace; whose first process ends, all of whose processes end."""
+
+    def __init__(self) -> None:
+        self.fleet = Fleet(os.environ)
+        command = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        self.first = self.fleet.start(None, *command)
+
+    @property
+    def prefix(self) -> list[str]:
+        """A command that runs the one behind it, as its child, in this namespace."""
+        return ["nsenter", "--target", str(self.first.pid), "--pid", "--mount"]
+
+    def kill(self) -> None:
+        self.first.kill()
+
+    def remove(self) -> None:
+        self.fleet.end()

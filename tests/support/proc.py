@@ -35,6 +35,18 @@ def await_end(pid: int, deadline: float = DEADLINE) -> None:
         os.close(handle)
 
 
+def host_thread(pid: int, tid: int) -> int:
+    """The id here of the thread that calls itself TID, maybe in a pid namespace of its own."""
+    if Path(f"/proc/{pid}/task/{tid}").exists():
+        return tid
+    for task in os.listdir(f"/proc/{pid}/task"):
+        status = Path(f"/proc/{pid}/task/{task}/status").read_text().splitlines()
+        (numbers,) = [line.split() for line in status if line.startswith("NSpid:")]
+        if int(numbers[-1]) == tid:
+            return int(task)
+    raise ProcessLookupError(f"thread {tid} of process {pid}")
+
+
 class ThreadState(NamedTuple):
     """One look at a thread: what it sleeps in, and how often it has ever been switched out."""
 

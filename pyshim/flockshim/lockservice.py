@@ -1,0 +1,321 @@
+"""What the keeper does about locks: requests in, answers out, by the lock tables and this host's proxies."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import time
+
+from flockshim._native import lib
+from flockshim.descriptions import Description, Descriptions, Processes
+from flockshim.host import Host, Key
+from flockshim.locktable import GRANTED, REFUSED, FileLock
+from flockshim.loop import TICK_SECONDS
+from flockshim.programs import Connection
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from flockshim.journal import Journal
+    from flockshim.loop import Loop
+    from flockshim.programs import Programs
+    from flockshim.rendezvous import Rendezvous
+
+LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
+
+
+class _File:
+    """A file that is locked, waited for, or asked about."""
+
+    __slots__ = ("descriptions", "key", "lock", "undecided")
+
+    def __init__(self, key: Key, lock: FileLock) -> None:
+        self.key = key
+        self.lock = lock
+        self.descriptions = Descriptions()
+        # Non-blocking requests that another keeper's lock forbids, until that keeper has looked: see Host.
+        self.undecided: list[tuple[Connection, Description, bool, float]] = []
+
+
+class LockService:
+    """All the locks of one keeper."""
+
+    programs: Programs
+
+    def __init__(self, loop: Loop, rendezvous: Rendezvous, journal: Journal) -> None:
+        """Set `programs` before requests come."""
+        self.files: dict[Key, _File] = {}
+        self.processes = Processes(loop.watch, loop.unwatch)
+        self._rendezvous = rendezvous
+        self._host = Host(rendezvous.directory)
+        self._journal = journal
+        if self._host.fileno() >= 0:
+            # Before programs: what a neighbour did before a program asked must be known by then.
+            loop.watch(self._host.fileno(), self._heed_neighbours, first=True)
+
+    def adopt(self, held: list[int], proxies: dict[Key, int]) -> None:
+        """Take over from a keeper that has died: descriptors of held locks, and of proxies."""
+        for descriptor in held:
+            entry = self._journal.read(descriptor)
+            assert entry
+            exclusive, device, inode, pid, number = entry
+            description = Description(descriptor, (device, inode), pid, number)
+            file = self._file(description.key)
+            file.descriptions.add(description)
+            file.lock.adopt(description, exclusive)
+            self.processes.add(pid, description)
+        for key, descriptor in proxies.items():
+            known = self.files.get(key)
+            self._host.adopt(key, descriptor, any(known.lock.holders.values()) if known else None)
+
+    def restore_proxies(self) -> list[Key]:
+        """Make the proxies again in a new directory. Returns the files that somebody else has locked meanwhile."""
+        return self._host.restore()
+
+    # Requests
+
+    def request(
+        self, connection: Connection, operation: int, descriptor: int, number: int, device: int, inode: int
+    ) -> None:
+        """Answer a program's flock(2), now or later. `descriptor` is ours; `number` the program's."""
+        file = self._file((device, inode))
+        description = file.descriptions.find(descriptor)
+        known = description is not None
+        if description is None:
+            description = Description(descriptor, file.key, connection.pid, number)
+            file.descriptions.add(description)
+        else:
+            lib.native_close(descriptor)
+            if description.pid != connection.pid:
+                self.processes.discard(description.pid, description)
+            description.pid, description.number = connection.pid, number
+        try:
+            if not known and self._redirected(connection, file, description):
+                return
+            if operation & LOCK_UN:
+                file.lock.release(description)
+                self._release_if_unused(file, description)
+                self._settle(file)
+                connection.answer(0)
+            else:
+                exclusive = bool(operation & LOCK_EX)
+                self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
+        except OSError as error:
+            self._release_if_unused(file, description)
+            connection.refuse(_cannot_lock(error))
+
+    def _redirected(self, connection: Connection, file: _File, description: Description) -> bool:
+        if not self._host.may_be_shared(file.key):
+            return False
+        key = self._rendezvous.keeper_of(description.descriptor)
+        if key is None:
+            return False
+        self._release_if_unused(file, description)
+        self._settle(file)
+        connection.redirect(key)
+        return True
+
+    def _lock(
+        self, connection: Connection, file: _File, description: Description, exclusive: bool, blocking: bool
+    ) -> None:
+        if file.lock.conflicts(description, exclusive):
+            self._check_holders(file, description)
+        outcome = file.lock.request(description, exclusive, blocking, connection)
+        if outcome == GRANTED:
+            self.processes.add(connection.pid, description)
+            if file.lock.queue:
+                self._settle(file)
+            connection.answer(0)
+        elif outcome == REFUSED:
+            if file.lock.conflicts(description, exclusive):
+                self._release_if_unused(file, description)
+                connection.answer(errno.EWOULDBLOCK)
+            else:
+                description.waits += 1
+                limit = time.monotonic() + TICK_SECONDS
+                file.undecided.append((connection, description, exclusive, limit))
+            self._settle(file)
+        else:
+            description.waits += 1
+            connection.waiter = file.lock.queue[-1]
+            self.programs.hold(connection)
+            self.processes.add(connection.pid, connection)
+            self._settle(file)
+
+    def withdraw(self, connection: Connection) -> None:
+        """The program has given up waiting, or has died; `programs` has forgotten it."""
+        waiter = connection.waiter
+        assert waiter
+        file = self.files[waiter.owner.key]
+        file.lock.withdraw(waiter)
+        self._stop_waiting(connection)
+        self._release_if_unused(file, waiter.owner)
+        self._settle(file)
+
+    def _stop_waiting(self, connection: Connection) -> None:
+        assert connection.waiter
+        connection.waiter.owner.waits -= 1
+        connection.waiter = None
+        self.processes.discard(connection.pid, connection)
+
+    # Files
+
+    def _file(self, key: Key) -> _File:
+        file = self.files.get(key)
+        if file is None:
+            lock = FileLock(
+                lambda exclusive, barging: self._host.permit(key, exclusive, barging),
+                self._note,
+                lambda description: self._journal.clear(description.descriptor),
+            )
+            file = self.files[key] = _File(key, lock)
+        return file
+
+    def _note(self, description: Description, exclusive: bool) -> None:
+        self._journal.note(description.descriptor, exclusive, description.key, description.pid, description.number)
+
+    def _release_if_unused(self, file: _File, description: Description) -> None:
+        """Close the duplicate of a description that neither holds nor waits."""
+        if description not in file.lock.holders and not description.waits:
+            self.processes.discard(description.pid, description)
+            file.descriptions.remove(description)
+
+    def _check_holders(self, file: _File, asking: Description | None) -> None:
+        """Release the locks whose description is no longer open anywhere."""
+        for description in [d for d in file.lock.holders if d is not asking]:
+            pid = description.pid
+            if not description.is_open():
+                file.lock.release(description)
+                self._release_if_unused(file, description)
+            elif description.pid != pid:
+                self.processes.discard(pid, description)
+                self.processes.add(description.pid, description)
+
+    def _settle(self, file: _File, insist: bool = False) -> None:
+        """Serve those who wait, and hold the host's lock for this file exactly as long as it is needed."""
+        while True:
+            try:
+                self._serve(file)
+                if file.lock.holders:
+                    return
+                if not file.lock.queue:
+                    self._host.release(file.key)
+                    if not len(file.descriptions):
+                        self.files.pop(file.key, None)
+                    return
+                if not self._host.wait(file.key, file.lock.queue[0].exclusive, insist):
+                    return
+            except OSError as error:
+                self._fail_first(file, error)
+
+    def _serve(self, file: _File) -> None:
+        for waiter in file.lock.serve():
+            connection = waiter.context
+            self.programs.forget(connection)
+            self._stop_waiting(connection)
+            self.processes.add(connection.pid, waiter.owner)
+            connection.answer(0)
+
+    def _fail_first(self, file: _File, error: OSError) -> None:
+        """The proxy cannot be had: whoever is first in line is told so."""
+        waiter = file.lock.queue[0]
+        connection = waiter.context
+        file.lock.withdraw(waiter)
+        self.programs.forget(connection)
+        self._stop_waiting(connection)
+        self._release_if_unused(file, waiter.owner)
+        connection.refuse(_cannot_lock(error))
+
+    # What happens without being asked for
+
+    def processes_ended(self) -> None:
+        """Release and withdraw what processes have left that have ended."""
+        while self.processes.ended:
+            interest: Any = self.processes.ended.pop()
+            if isinstance(interest, Connection):
+                if self.programs.is_held(interest):
+                    self.programs.forget(interest)
+                    self.withdraw(interest)
+                    lib.native_close(interest.descriptor)
+                continue
+            file = self.files.get(interest.key)
+            if file and interest in file.lock.holders:
+                self._check_holders(file, None)
+                self._settle(file)
+
+    def tick(self, now: float) -> None:
+        """Look once a second for what no event tells: descriptions closed without unlocking."""
+        for file in list(self.files.values()):
+            self._check_holders(file, None)
+            self._settle(file, insist=True)
+            self._decide(file, now)
+        if self._host.fileno() < 0:
+            self._host.recheck()
+            self._heed_neighbours()
+        self._host.clean()
+
+    def close(self) -> None:
+        """Remove the proxies: the keeper leaves."""
+        self._host.clean(everything=True)
+
+    # Other keepers of this host
+
+    def _heed_neighbours(self) -> None:
+        host = self._host
+        host.read()
+        while host.knocked:
+            key = host.knocked.pop()
+            file = self.files.get(key)
+            if file:
+                self._check_holders(file, None)
+                self._settle(file)
+            host.acknowledge(key)
+        while host.freed:
+            file = self.files.get(host.freed.pop())
+            if file:
+                self._retry_undecided(file)
+                self._settle(file)
+        while host.opened:
+            key = host.opened.pop()
+            if key not in self.files:
+                host.close_idle(key)
+        while host.answered:
+            file = self.files.get(host.answered.pop())
+            if file:
+                self._decide(file, float("inf"))
+
+    def _retry_undecided(self, file: _File) -> None:
+        undecided, file.undecided = file.undecided, []
+        for item in undecided:
+            connection, description, exclusive, _ = item
+            if file.lock.request(description, exclusive, False) == GRANTED:
+                self._conclude(file, connection, description, 0)
+            elif file.lock.conflicts(description, exclusive):
+                self._conclude(file, connection, description, errno.EWOULDBLOCK)
+            else:
+                file.undecided.append(item)
+
+    def _decide(self, file: _File, now: float) -> None:
+        """Refuse the requests whose time is up: the other keeper's holder is alive, or that keeper is stopped."""
+        undecided, file.undecided = file.undecided, []
+        for item in undecided:
+            connection, description, _, limit = item
+            if limit <= now:
+                self._conclude(file, connection, description, errno.EWOULDBLOCK)
+            else:
+                file.undecided.append(item)
+        if undecided:
+            self._settle(file)
+
+    def _conclude(self, file: _File, connection: Connection, description: Description, error: int) -> None:
+        description.waits -= 1
+        if error:
+            self._release_if_unused(file, description)
+        else:
+            self.processes.add(connection.pid, description)
+        connection.answer(error)
+
+
+def _cannot_lock(error: OSError) -> str:
+    return f"no file can be made in the rendezvous directory: {error.strerror}: {error.filename}; set FLOCKSHIM_DIR"

@@ -1,0 +1,62 @@
+"""The keeper's event loop."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TICK_SECONDS = 1.0
+
+
+class Loop:
+    """Calls handlers of descriptors that have become readable."""
+
+    def __init__(self) -> None:
+        """Watch nothing yet."""
+        self._epoll = select.epoll()
+        self._handlers: dict[int, Callable[[], None]] = {}
+        self._first = -1
+
+    def watch(self, descriptor: int, handler: Callable[[], None], first: bool = False) -> None:
+        """Have `handler` called while `descriptor` is readable; `first`: before those of others."""
+        self._handlers[descriptor] = handler
+        self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLRDHUP)
+        if first:
+            self._first = descriptor
+
+    def unwatch(self, descriptor: int) -> None:
+        """Forget `descriptor`, which is still open."""
+        del self._handlers[descriptor]
+        self._epoll.unregister(descriptor)
+
+    def run(self, parent: int, after: Callable[[], None], tick: Callable[[float], None]) -> None:
+        """Run until process `parent` has died: the signal of its death must be caught.
+
+        `after` is called when a round of handlers has run, `tick` every second with the monotonic time.
+        """
+        orphaned, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake)
+        self.watch(orphaned, lambda: None)
+        handlers, poll, monotonic = self._handlers, self._epoll.poll, time.monotonic
+        next_tick = monotonic() + TICK_SECONDS
+        while os.getppid() == parent:
+            events = poll(TICK_SECONDS)
+            if len(events) > 1:
+                events.sort(key=lambda event: event[0] != self._first)
+            for descriptor, _ in events:
+                handler = handlers.get(descriptor)
+                if handler:
+                    handler()
+            after()
+            now = monotonic()
+            if now >= next_tick:
+                next_tick = now + TICK_SECONDS
+                tick(now)
+        signal.set_wakeup_fd(-1)
+        self._epoll.close()

@@ -1,0 +1,141 @@
+"""The keeper's connections to programs: each carries one lock request and one answer."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from flockshim._native import ffi, lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flockshim.locktable import Waiter
+    from flockshim.loop import Loop
+
+STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
+
+
+class Connection:
+    """A program that waits for an answer."""
+
+    __slots__ = ("descriptor", "pid", "waiter")
+
+    def __init__(self, descriptor: int, pid: int) -> None:
+        """`pid` is the process that connected."""
+        self.descriptor = descriptor
+        self.pid = pid
+        self.waiter: Waiter | None = None
+
+    def answer(self, error: int) -> None:
+        """Give the errno with which the program's call ends, or 0."""
+        lib.native_answer(self.descriptor, KIND_ANSWER, error, b"")
+
+    def refuse(self, text: str) -> None:
+        """Say why no protection can be given."""
+        lib.native_answer(self.descriptor, lib.KIND_REFUSAL, 0, text.encode(errors="replace"))
+
+    def redirect(self, key: str) -> None:
+        """Send the program to the keeper of another key."""
+        lib.native_answer(self.descriptor, lib.KIND_REDIRECT, 0, key.encode())
+
+
+class Programs:
+    """Accepts connections, and watches those that have to wait."""
+
+    def __init__(
+        self,
+        listener: int,
+        loop: Loop,
+        request: Callable[[Connection, int, int, int, int, int], None],
+        withdraw: Callable[[Connection], None],
+    ) -> None:
+        """`request` gets (connection, operation, descriptor, number, device, inode); `withdraw` who gave up."""
+        self._listener = listener
+        self._loop = loop
+        self._request = request
+        self._withdraw = withdraw
+        self._packet = ffi.new("struct native_packet *")
+        self._body = self._packet.request
+        self._open: set[int] = set()
+        self.active = True
+        loop.watch(listener, self._accept)
+
+    def __len__(self) -> int:
+        """Return how many are connected."""
+        return len(self._open)
+
+    def listen_again(self) -> None:
+        """The listening descriptor is another socket now: the epoll(7) set lost the old one when it was closed."""
+        self._loop.watch(self._listener, self._accept)
+
+    def hold(self, connection: Connection) -> None:
+        """Watch a connection whose answer must wait, or whose request has not come yet."""
+        self._open.add(connection.descriptor)
+        self._loop.watch(connection.descriptor, lambda: self._receive(connection))
+
+    def forget(self, connection: Connection) -> None:
+        """Stop watching a connection that `hold` was called for."""
+        self._open.remove(connection.descriptor)
+        self._loop.unwatch(connection.descriptor)
+
+    def is_held(self, connection: Connection) -> bool:
+        """Return whether the connection is still waiting for its answer."""
+        return connection.descriptor in self._open and connection.waiter is not None
+
+    def _accept(self) -> None:
+        packet = self._packet
+        lib.native_accept(self._listener, packet)
+        descriptor = packet.connection
+        if descriptor < 0:
+            return
+        self.active = True
+        connection = Connection(descriptor, packet.pid)
+        if packet.status == STATUS_LOCK:
+            self._pass_on(connection)
+        elif packet.status == lib.STATUS_NOTHING:
+            self.hold(connection)
+        else:
+            self._turn_away(connection)
+
+    def _receive(self, connection: Connection) -> None:
+        packet = self._packet
+        lib.native_receive(connection.descriptor, packet)
+        status = packet.status
+        if status == lib.STATUS_NOTHING:
+            return
+        self.forget(connection)
+        if connection.waiter is not None:
+            self._withdraw(connection)
+        if status == STATUS_LOCK:
+            self._pass_on(connection)
+        elif status == lib.STATUS_CANCEL:
+            connection.answer(errno.EINTR)
+        else:
+            self._turn_away(connection)
+
+    def _pass_on(self, connection: Connection) -> None:
+        body = self._body
+        self._request(
+            connection,
+            body.operation,
+            self._packet.descriptor,
+            body.descriptor,
+            body.device,
+            body.inode,
+        )
+
+    def _turn_away(self, connection: Connection) -> None:
+        packet = self._packet
+        if packet.status == lib.STATUS_VERSION:
+            connection.refuse(
+                f"the keeper (pid {os.getpid()}) speaks version {lib.PROTOCOL_VERSION} of the protocol, this program "
+                f"{self._body.version}: two versions of flockshim are in use; end the keeper's programs first"
+            )
+        elif packet.status == lib.STATUS_FULL:
+            connection.refuse("the keeper has no descriptor left; raise its limit (ulimit -Hn)")
+        else:
+            os.close(connection.descriptor)
+        if packet.descriptor >= 0:
+            os.close(packet.descriptor)

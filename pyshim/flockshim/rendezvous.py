@@ -1,0 +1,122 @@
+"""The directory in which keepers and programs meet, and this keeper's socket in it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import socket
+import stat
+
+from flockshim._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LISTENER = 3
+BACKLOG = 4096
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+class Rendezvous:
+    """The rendezvous directory, as the keeper with this key sees it."""
+
+    def __init__(self, directory: str, key: str) -> None:
+        """The keeper listens at descriptor LISTENER already; the shim has bound it."""
+        self.directory = directory
+        self.key = key
+        self.socket_path = self._socket_of(key)
+        self._identity = _identity(self.socket_path)
+
+    def _socket_of(self, key: str) -> str:
+        return f"{self.directory}/k-{key}.sock"
+
+    def _open_start_lock(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(f"{self.directory}/start.lock", flags, 0o600)
+
+    def leave(self) -> bool:
+        """Stop listening for good, unless a program is just coming: who starts keepers holds the same lock."""
+        try:
+            start = self._open_start_lock()
+        except FileNotFoundError:
+            return True
+        try:
+            fcntl.flock(start, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if select.select([LISTENER], [], [], 0)[0]:
+                return False
+            if not self.is_swept():
+                os.unlink(self.socket_path)
+            self._remove_dead_sockets()
+            os.close(LISTENER)
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(start)
+        return True
+
+    def _remove_dead_sockets(self) -> None:
+        """Remove what keepers have left that were killed, with nobody coming after them."""
+        for key in self._other_keys():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                probe.setblocking(False)
+                if probe.connect_ex(self._socket_of(key)) == 111:
+                    os.unlink(self._socket_of(key))
+
+    def is_swept(self) -> bool:
+        """Return whether our socket is gone: systemd-logind empties /dev/shm at a user's last logout."""
+        return _identity(self.socket_path) != self._identity
+
+    def restore(self) -> Iterator[None]:
+        """Make the directory again, and listen in it. Yields once, for the proxies to be made before programs come.
+
+        Raises OSError where that is impossible, for instance because another keeper of this key listens already.
+        """
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        status = os.lstat(self.directory)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+            raise PermissionError(1, "not a directory of ours", self.directory)
+        start = self._open_start_lock()
+        try:
+            fcntl.flock(start, fcntl.LOCK_EX)
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.setblocking(False)
+                yield
+                listener.bind(self.socket_path)
+                listener.listen(BACKLOG)
+                os.dup2(listener.fileno(), LISTENER, inheritable=False)
+            self._identity = _identity(self.socket_path)
+        finally:
+            os.close(start)
+
+    def _other_keys(self) -> set[str]:
+        names = os.listdir(self.directory)
+        return {n[2:-5] for n in names if n.startswith("k-") and n.endswith(".sock")} - {self.key}
+
+    def keeper_of(self, descriptor: int) -> str | None:
+        """Return the key of the other keeper that has this description, or None.
+
+        A process that is moved to another control group, or shares a description with one there, asks the wrong
+        keeper.
+        """
+        keys = self._other_keys()
+        for name in os.listdir("/proc") if keys else ():
+            if not name.isdigit():
+                continue
+            try:
+                with open(f"/proc/{name}/cmdline", "rb") as file:
+                    arguments = os.fsdecode(file.read()).split("\0")
+            except OSError:
+                continue
+            is_keeper = len(arguments) > 5 and arguments[3].endswith("/keeper.py") and arguments[5] in keys
+            if is_keeper and lib.native_is_open_in(descriptor, int(name)):
+                return arguments[5]
+        return None
