@@ -18,12 +18,12 @@ from hypothesis import strategies
 from support.histories import KINDS, Observed, Raw, Runner, history
 from support.worlds import World
 
-MOST_STEPS = 30
-
-# Lock calls are what this is about: about half of all steps.
-kinds = strategies.one_of(strategies.just("lock"), strategies.sampled_from(KINDS))
-numbers = strategies.integers(0, 14)
-histories = strategies.lists(strategies.tuples(kinds, numbers, numbers, numbers), min_size=5, max_size=MOST_STEPS)
+# Two thirds of the steps are lock calls, for which all the others only make the occasion.
+kinds = strategies.sampled_from(["lock"] * 2 * len(KINDS) + KINDS)
+numbers = strategies.integers(0, 29)
+histories = strategies.lists(
+    strategies.tuples(kinds, numbers, numbers, numbers), min_size=20, max_size=40
+)
 
 
 @pytest.fixture

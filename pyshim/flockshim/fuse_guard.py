@@ -18,9 +18,7 @@ from flockshim.fuse_server import LockAnswer, Server
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def run(
-    backing: str, mountpoint: str, flock: LockAnswer, posix: LockAnswer, owner: Optional[int]
-) -> None:
+def run(backing: str, mountpoint: str, flock: LockAnswer, posix: LockAnswer, owner: Optional[int]) -> None:
     """Mount, print ``ready PID`` when it can be used, and return when it is unmounted.
 
     :param owner: unmount when the process of this pid has ended.

@@ -49,8 +49,7 @@ def _mount_as_root(mountpoint: str) -> int:
         device = os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise MountError(
-            f"{_DEVICE}: {error.strerror}: load the kernel module (modprobe fuse), "
-            "or allow the container the device"
+            f"{_DEVICE}: {error.strerror}: load the kernel module (modprobe fuse), or allow the container the device"
         ) from error
     options = f"fd={device},rootmode=40000,user_id=0,group_id=0,default_permissions,allow_other"
     flags = fuse_libc.MS_NOSUID | fuse_libc.MS_NODEV

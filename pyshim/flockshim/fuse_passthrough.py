@@ -291,10 +291,7 @@ class Passthrough:
 
 def _listing(fd: int, *, is_root: bool) -> list[DirEntry]:
     above = b"." if is_root else b".."
-    dots = [
-        DirEntry(os.stat(path, dir_fd=fd).st_ino, p.DT_DIR, name)
-        for path, name in ((b".", b"."), (above, b".."))
-    ]
+    dots = [DirEntry(os.stat(path, dir_fd=fd).st_ino, p.DT_DIR, name) for path, name in ((b".", b"."), (above, b".."))]
     with os.scandir(b"/proc/self/fd/%d" % fd) as entries:
         return dots + [DirEntry(entry.inode(), _kind(entry), entry.name) for entry in entries]
 

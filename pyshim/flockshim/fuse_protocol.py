@@ -56,11 +56,9 @@ class Opcode(IntEnum):
     SETLKW = 33
     CREATE = 35
     INTERRUPT = 36
-    DESTROY = 38
     IOCTL = 39
     BATCH_FORGET = 42
     FALLOCATE = 43
-    READDIRPLUS = 44
     RENAME2 = 45
     LSEEK = 46
     COPY_FILE_RANGE = 47
@@ -76,8 +74,6 @@ class Capability(IntFlag):
     BIG_WRITES = 1 << 5
     FLOCK_LOCKS = 1 << 10
     AUTO_INVAL_DATA = 1 << 12
-    DO_READDIRPLUS = 1 << 13
-    READDIRPLUS_AUTO = 1 << 14
     ASYNC_DIO = 1 << 15
     PARALLEL_DIROPS = 1 << 18
     MAX_PAGES = 1 << 22

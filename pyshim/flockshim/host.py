@@ -93,6 +93,10 @@ class _LockFile:
         with contextlib.suppress(FileNotFoundError):
             os.close(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
 
+    def announce(self) -> None:
+        """Have the others try again, though the file stays open."""
+        os.close(os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+
     def close(self) -> None:
         if self.descriptor >= 0:
             self.watcher.remove(self)
@@ -227,14 +231,17 @@ class Host:
         """
         proxy = self._proxy(key)
         held = proxy.main.mode
-        if held is not None and held >= exclusive:
+        if held == exclusive:
             return barging or not proxy.contended
         if not barging and (proxy.contended or proxy.waiting is not None):
             return False
-        if proxy.main.try_lock(exclusive):
-            return True
-        proxy.main.knock()
-        return False
+        if not proxy.main.try_lock(exclusive):
+            proxy.main.knock()
+            return False
+        if held and proxy.contended:
+            # A downgrade leaves no trace by itself, but lets readers in.
+            proxy.main.announce()
+        return True
 
     def may_be_shared(self, key: Key) -> bool:
         """Return whether another keeper may have clients that hold or want this file's lock."""

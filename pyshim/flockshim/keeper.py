@@ -46,6 +46,8 @@ class Keeper:
         self.programs = Programs(LISTENER, self.loop, self.service.request, self.service.withdraw)
         self.service.programs = self.programs
         self.service.adopt(held, proxies)
+        if self.rendezvous.inotify >= 0:
+            self.loop.watch(self.rendezvous.inotify, self._restore_if_swept)
 
     def run(self, parent: int) -> None:
         """Serve until process `parent`, the standby, has died. Ends the process when idle for long enough."""
@@ -56,8 +58,7 @@ class Keeper:
             self.service.processes_ended()
 
     def _tick(self, now: float) -> None:
-        if self.rendezvous.is_swept():
-            self._restore()
+        self._restore_if_swept()
         self.service.tick(now)
         if self.service.files or len(self.programs) or self.programs.active:
             self.idle_since = now
@@ -66,8 +67,10 @@ class Keeper:
             self.service.close()
             os._exit(0)
 
-    def _restore(self) -> None:
-        """Somebody has emptied the rendezvous directory: make it again before others begin anew without us."""
+    def _restore_if_swept(self) -> None:
+        """Where somebody has emptied the rendezvous directory, make it again before others begin without us."""
+        if not self.rendezvous.is_swept():
+            return
         try:
             for _ in self.rendezvous.restore():
                 for key in self.service.restore_proxies():

@@ -123,9 +123,7 @@ def simulate_flock() -> Callable[..., dict[str, str]]:
     program that a preload reaches: ``subprocess.run([...], env=simulate_flock("ENOLCK"))``.
     """
 
-    def environment(
-        errno: Errno = "ENOSYS", directory: str | os.PathLike[str] | None = None
-    ) -> dict[str, str]:
+    def environment(errno: Errno = "ENOSYS", directory: str | os.PathLike[str] | None = None) -> dict[str, str]:
         import flockshim
 
         where = "" if directory is None else f":{os.path.realpath(directory)}"
@@ -170,7 +168,7 @@ def _failing(
     """
 
     def call(fd: int | HasFileno, operation: int, *arguments: int) -> None:
-        file = fd if isinstance(fd, int) else fd.fileno()
+        file = fd if isinstance(fd, int) else fd.fileno() if hasattr(fd, "fileno") else -1
         asked = operation & ~fcntl.LOCK_NB
         if (
             asked in (fcntl.LOCK_SH, fcntl.LOCK_EX, fcntl.LOCK_UN)

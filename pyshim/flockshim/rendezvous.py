@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 LISTENER = 3
 BACKLOG = 4096
+IN_ATTRIB = 0x4
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -34,7 +36,14 @@ class Rendezvous:
         self.directory = directory
         self.key = key
         self.socket_path = self._socket_of(key)
+        # Becomes readable when the socket is unlinked, inotify(7); negative where that cannot be had.
+        self.inotify = lib.native_inotify_init()
+        self._note_socket()
+
+    def _note_socket(self) -> None:
         self._identity = _identity(self.socket_path)
+        if self.inotify >= 0:
+            lib.native_inotify_add_watch(self.inotify, os.fsencode(self.socket_path), IN_ATTRIB)
 
     def _socket_of(self, key: str) -> str:
         return f"{self.directory}/k-{key}.sock"
@@ -73,6 +82,9 @@ class Rendezvous:
 
     def is_swept(self) -> bool:
         """Return whether our socket is gone: systemd-logind empties /dev/shm at a user's last logout."""
+        if self.inotify >= 0:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self.inotify, 4096)
         return _identity(self.socket_path) != self._identity
 
     def restore(self) -> Iterator[None]:
@@ -93,7 +105,7 @@ class Rendezvous:
                 listener.bind(self.socket_path)
                 listener.listen(BACKLOG)
                 os.dup2(listener.fileno(), LISTENER, inheritable=False)
-            self._identity = _identity(self.socket_path)
+            self._note_socket()
         finally:
             os.close(start)
 

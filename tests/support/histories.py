@@ -20,7 +20,7 @@ FIRST_PROCESSES = (1, 2)
 MOST_PROCESSES = 5
 MOST_SLOTS = 5
 
-LOCKS = [SH, EX, SH | NB, EX | NB, UN]
+LOCKS = [SH, EX, EX, SH | NB, EX | NB, UN]
 KINDS = ["lock", "open", "close", "dup", "fork", "send", "exec", "kill", "interrupt"]
 
 Raw = tuple[str, int, int, int]
@@ -54,11 +54,17 @@ def first_model() -> Model:
     return model
 
 
-def history(raws: Iterable[Raw]) -> list[Step]:
-    """The steps that RAWS stand for, without those that the model refuses."""
+PRELUDE: list[Raw] = [
+    ("open", process, file, 0) for process in range(len(FIRST_PROCESSES)) for file in range(FILES)
+]
+"""So that there is something to lock from the first step on."""
+
+
+def history(raws: Sequence[Raw]) -> list[Step]:
+    """The steps that RAWS stand for, after PRELUDE, without those that the model refuses."""
     model = first_model()
     steps = []
-    for raw in raws:
+    for raw in [*PRELUDE, *raws]:
         trial = copy.deepcopy(model)
         try:
             kind, process, slot, other, outcome = _step(trial, *raw)

@@ -46,6 +46,7 @@ class World:
         driver = self._prober_process()[0]
         fd = driver.open(path, os.O_RDONLY)
         result = driver.flock(fd, operation | NB)
+        driver.flock(fd, UN)
         driver.close(fd)
         return result
 
