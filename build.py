@@ -48,6 +48,8 @@ CDEF = """
         int32_t descriptor;
         uint64_t device;
         uint64_t inode;
+        uint32_t flags;
+        ...;
     };
     struct native_packet {
         int connection;
@@ -69,9 +71,12 @@ CDEF = """
     #define KIND_ANSWER ...
     #define KIND_REFUSAL ...
     #define KIND_REDIRECT ...
+    #define KIND_WAITING ...
+    #define FLAG_VERBOSE ...
 
     void native_accept(int listener, struct native_packet *packet);
     void native_receive(int connection, struct native_packet *packet);
+    void native_send(int connection, int kind, int error, const char *text);
     void native_answer(int connection, int kind, int error, const char *text);
     int native_try_lock(int descriptor, int exclusive);
     int native_same_description(int one, int other);

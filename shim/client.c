@@ -28,6 +28,7 @@ struct call {
     ino_t socket_inode;
     struct protocol_answer answer;
     const char *refusal;
+    int waited; /* and the user was told */
 };
 
 static enum outcome refuse(struct call *call, const char *why) {
@@ -132,6 +133,11 @@ static enum outcome receive_answer(struct call *call) {
             return ANSWERED;
         }
         ((char *)&call->answer)[got] = 0;
+        if (call->answer.kind == KIND_WAITING) {
+            report_waiting(call->request.descriptor, call->answer.text);
+            call->waited = 1;
+            continue;
+        }
         if (call->answer.kind == KIND_REFUSAL)
             return refuse(call, call->answer.text);
         return call->answer.kind == KIND_REDIRECT ? REDIRECTED : ANSWERED;
@@ -209,7 +215,8 @@ int client_flock(const struct config *config, int descriptor, int operation, int
                                              .operation = operation,
                                              .descriptor = descriptor,
                                              .device = status.st_dev,
-                                             .inode = status.st_ino};
+                                             .inode = status.st_ino,
+                                             .flags = config->verbose ? FLAG_VERBOSE : 0};
     if (config->bad) {
         char what[128];
         struct text text = text_over(what, sizeof what);
@@ -228,5 +235,7 @@ int client_flock(const struct config *config, int descriptor, int operation, int
         report(config, descriptor, call.refusal);
         return -kernel_error;
     }
+    if (call.waited && !call.answer.error)
+        report_waited(descriptor);
     return -call.answer.error;
 }

@@ -81,6 +81,8 @@ static void set(struct config *config, const char *entry) {
         config->force = is_on(value);
     else if ((value = text_after(entry, "QUIET=")))
         config->quiet = is_on(value);
+    else if ((value = text_after(entry, "VERBOSE=")))
+        config->verbose = is_on(value);
     else if ((value = text_after(entry, "SIMULATE=")) && *value)
         set_simulate(config, value);
     else if ((value = text_after(entry, "DIR=")))

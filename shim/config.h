@@ -20,6 +20,7 @@ struct config {
     enum config_mode mode;
     int force;
     int quiet;
+    int verbose;
     int simulate; /* errno that stands in for the kernel's answer; 0: ask the kernel */
     int triggers[CONFIG_MAX_TRIGGERS];
     int trigger_count;

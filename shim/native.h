@@ -27,6 +27,8 @@ struct native_packet {
 
 void native_accept(int listener, struct native_packet *packet);
 void native_receive(int connection, struct native_packet *packet);
+/* Sends a packet to a program. */
+void native_send(int connection, int kind, int error, const char *text);
 /* Sends the answer and closes the connection. */
 void native_answer(int connection, int kind, int error, const char *text);
 

@@ -9,6 +9,7 @@
 #define PROTOCOL_MAGIC 0x4b434c46u
 #define PROTOCOL_VERSION 1
 #define PROTOCOL_TEXT 400
+#define FLAG_VERBOSE 1u
 
 enum protocol_kind {
     KIND_LOCK = 1, /* with the descriptor attached; operation as in flock(2) */
@@ -17,6 +18,7 @@ enum protocol_kind {
     KIND_ANSWER = 3,   /* error is 0 or the errno for the program */
     KIND_REFUSAL = 4,  /* the protection cannot be given; text says why */
     KIND_REDIRECT = 5, /* another keeper has this description; text is its key */
+    KIND_WAITING = 6, /* not yet; text is who holds the lock. Only where FLAG_VERBOSE asks for it */
 };
 
 struct protocol_request {
@@ -28,6 +30,8 @@ struct protocol_request {
         descriptor; /* its number in the program: where the keeper looks first whether it is open */
     uint64_t device;
     uint64_t inode;
+    uint32_t flags;
+    uint32_t unused;
 };
 
 struct protocol_answer {

@@ -1,4 +1,5 @@
-/* The one line on stderr that says why a lock could not be given. */
+/* What the user is told on stderr: why a lock could not be given, and, if asked for, who is waited
+ * for. */
 #ifndef FLOCKSHIM_REPORT_H
 #define FLOCKSHIM_REPORT_H
 
@@ -6,6 +7,10 @@
 
 /* "flockshim: cannot lock PATH: WHAT", nothing where the user asked for quiet. */
 void report(const struct config *config, int descriptor, const char *what);
+
+/* With --verbose: a blocking call that has to wait, and its end. */
+void report_waiting(int descriptor, const char *holder);
+void report_waited(int descriptor);
 
 /* The path that descriptor was opened by, as the kernel knows it now; empty where it cannot be
  * told. */

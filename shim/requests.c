@@ -68,7 +68,7 @@ void native_accept(int listener, struct native_packet *packet) {
     packet->pid = peer.pid;
 }
 
-void native_answer(int connection, int kind, int error, const char *text) {
+void native_send(int connection, int kind, int error, const char *text) {
     struct protocol_answer answer;
     size_t length = strlen(text);
 
@@ -80,6 +80,10 @@ void native_answer(int connection, int kind, int error, const char *text) {
         length = PROTOCOL_TEXT - 1;
     memcpy(answer.text, text, length);
     send(connection, &answer, PROTOCOL_ANSWER_HEAD + length, MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+void native_answer(int connection, int kind, int error, const char *text) {
+    native_send(connection, kind, error, text);
     close(connection);
 }
 

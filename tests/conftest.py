@@ -55,6 +55,12 @@ def rendezvous() -> Iterator[Path]:
     yield from _rendezvous_directory()
 
 
+@pytest.fixture
+def other_rendezvous() -> Iterator[Path]:
+    """A second one, for what must not meet the first one's keeper."""
+    yield from _rendezvous_directory()
+
+
 def shim_environment(rendezvous: Path, **more: str) -> dict[str, str]:
     """An environment under the shim with RENDEZVOUS, and with the variables MORE."""
     import flockshim  # noqa: PLC0415  (the native world is tested without the product)

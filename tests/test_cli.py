@@ -276,3 +276,12 @@ cli.main()
 """
     done = subprocess.run([sys.executable, "-c", program], env=BASE, capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) == LAUNCH_MODULES
+
+
+def test_success_says_that_nothing_is_safe() -> None:
+    done = run("--mode", "success", "true")
+    assert done.returncode == 0
+    assert done.stderr.startswith("flockshim: warning: in mode success")
+    assert done.stderr.count("\n") == 1
+    assert run("--mode", "success", "--quiet", "true").stderr == ""
+    assert run("--mode", "host", "true").stderr == ""

@@ -21,9 +21,7 @@ from support.worlds import World
 # Two thirds of the steps are lock calls, for which all the others only make the occasion.
 kinds = strategies.sampled_from(["lock"] * 2 * len(KINDS) + KINDS)
 numbers = strategies.integers(0, 29)
-histories = strategies.lists(
-    strategies.tuples(kinds, numbers, numbers, numbers), min_size=20, max_size=40
-)
+histories = strategies.lists(strategies.tuples(kinds, numbers, numbers, numbers), min_size=20, max_size=40)
 
 
 @pytest.fixture

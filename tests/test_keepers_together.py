@@ -58,9 +58,7 @@ def test_each_side_has_a_keeper(sides: Sides, rendezvous: Path) -> None:
     assert len(keepers(rendezvous)) == 2
 
 
-@pytest.mark.parametrize(
-    ("held", "wanted", "result"), [(SH, SH, OK), (SH, EX, BUSY), (EX, SH, BUSY), (EX, EX, BUSY)]
-)
+@pytest.mark.parametrize(("held", "wanted", "result"), [(SH, SH, OK), (SH, EX, BUSY), (EX, SH, BUSY), (EX, EX, BUSY)])
 def test_shared_and_exclusive(sides: Sides, held: int, wanted: int, result: int) -> None:
     for here, there in ((sides.left, sides.right), (sides.right, sides.left)):
         holder, held_fd = here.opened()

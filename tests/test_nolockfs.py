@@ -27,12 +27,8 @@ WHOLE_FILE = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
 
 
 @pytest.fixture
-def fuse() -> None:
-    try:
-        with nolockfs.mount():
-            pass
-    except nolockfs.MountError as error:
-        require(False, "no FUSE mount", str(error))
+def fuse(nolock_dir: Path) -> None:
+    """Skips where nolock_dir does."""
 
 
 @pytest.fixture

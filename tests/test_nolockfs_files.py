@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from flockshim import nolockfs
 from flockshim.pytest_plugin import require
 
 AT_FDCWD = -100
@@ -355,33 +354,3 @@ def test_special_bits_are_kept_and_taken_as_they_should(nolock_dir: Path) -> Non
     assert stat.S_IMODE(file.stat().st_mode) == 0o755
     assert as_nobody((nolock_dir / "directory").mkdir) == 0
     assert (nolock_dir / "directory").stat().st_mode & stat.S_ISGID
-
-
-# Many
-
-
-def test_processes_work_side_by_side(nolock_dir: Path) -> None:
-    """Each makes, renames, lists and removes in one directory; nothing is lost or left."""
-    script = """
-        for n in 1 2 3 4 5 6 7 8 9; do
-            echo $0 >$0.$n && mv $0.$n $0.new && ls >$0.list && grep -q $0.new $0.list
-            read who <$0.new && test $who = $0 && rm $0.new $0.list
-        done
-    """
-    workers = [subprocess.Popen(["sh", "-ec", script, str(number)], cwd=nolock_dir) for number in range(8)]
-    assert [worker.wait() for worker in workers] == [0] * 8
-    assert os.listdir(nolock_dir) == []
-
-
-def test_forgotten_files_cost_no_descriptors(nolock_dir: Path) -> None:
-    mount = nolockfs.mount()
-    with mount as path:
-        descriptors = Path(f"/proc/{mount.server_pid}/fd")
-        at_first = len(os.listdir(descriptors))
-        for number in range(300):
-            (path / str(number)).touch()
-        assert len(os.listdir(descriptors)) >= at_first + 300
-        for number in range(300):
-            (path / str(number)).unlink()
-        while len(os.listdir(descriptors)) > at_first:
-            os.statvfs(path)  # forgetting has no answer; the server gets to it between others

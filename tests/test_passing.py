@@ -106,6 +106,20 @@ def test_a_mapping_of_another_description_does_not_hold(world: World) -> None:
     assert world.free(path)
 
 
+def test_whose_mapping_it_is_cannot_be_told_without_a_descriptor(emulated: World) -> None:
+    """A documented difference: then the lock lasts as long as the mapping, never shorter."""
+    path = emulated.file()
+    driver, fd = emulated.opened()
+    bystander, bystander_fd = emulated.opened()
+    address = bystander.ask("mmap", bystander_fd)
+    bystander.close(bystander_fd)
+    assert driver.flock(fd, EX) == OK
+    driver.close(fd)
+    assert not emulated.free(path)
+    bystander.ask("munmap", address)
+    assert emulated.free(path)
+
+
 def test_a_mapping_of_another_description_in_the_same_process(world: World) -> None:
     path = world.file()
     driver, fd = world.opened()

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from struct import Struct
 
 MS_NOSUID = 2
 MS_NODEV = 4
@@ -10,6 +11,9 @@ UTIME_NOW = (1 << 30) - 1
 UTIME_OMIT = (1 << 30) - 2
 
 _AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_MAX_HANDLE = 128
+_HANDLE_HEAD = Struct("=Ii")
 _PR_SET_PDEATHSIG = 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -78,6 +82,29 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
     :raises OSError: as fallocate(2).
     """
     _check(_libc.fallocate(fd, mode, offset, length))
+
+
+def handle(fd: int) -> bytes:
+    """Return a file handle for what *fd* has open.
+
+    :raises OSError: as name_to_handle_at(2): EOPNOTSUPP on file systems without.
+    """
+    buffer = ctypes.create_string_buffer(_HANDLE_HEAD.pack(_MAX_HANDLE, 0), 8 + _MAX_HANDLE)
+    mount = ctypes.c_int()
+    _check(_libc.name_to_handle_at(fd, b"", buffer, ctypes.byref(mount), _AT_EMPTY_PATH))
+    size, _ = _HANDLE_HEAD.unpack_from(buffer)
+    return buffer.raw[: _HANDLE_HEAD.size + size]
+
+
+def open_handle(mount_fd: int, handle: bytes) -> int:
+    """Return an O_PATH descriptor for a *handle* on the file system of *mount_fd*.
+
+    :raises OSError: as open_by_handle_at(2): ESTALE when the file is gone, EPERM without
+        CAP_DAC_READ_SEARCH.
+    """
+    fd = int(_libc.open_by_handle_at(mount_fd, handle, os.O_PATH | os.O_CLOEXEC))
+    _check(min(fd, 0))
+    return fd
 
 
 def signal_on_parent_death(number: int) -> None:

@@ -142,6 +142,8 @@ class LockService:
             self.programs.hold(connection)
             self.processes.add(connection.pid, connection)
             self._settle(file)
+            if connection.waiter:
+                connection.tell_waiting(_describe_holder(file))
 
     def withdraw(self, connection: Connection) -> None:
         """The program has given up waiting, or has died; `programs` has forgotten it."""
@@ -315,6 +317,16 @@ class LockService:
         else:
             self.processes.add(connection.pid, description)
         connection.answer(error)
+
+
+def _describe_holder(file: _File) -> str:
+    for description in file.lock.holders:
+        try:
+            with open(f"/proc/{description.pid}/comm", encoding="utf-8", errors="replace") as comm:
+                return f"pid {description.pid} ({comm.read().strip()})"
+        except OSError:
+            continue
+    return "a program of another job or container on this host"
 
 
 def _cannot_lock(error: OSError) -> str:

@@ -20,17 +20,23 @@ STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 class Connection:
     """A program that waits for an answer."""
 
-    __slots__ = ("descriptor", "pid", "waiter")
+    __slots__ = ("descriptor", "flags", "pid", "waiter")
 
     def __init__(self, descriptor: int, pid: int) -> None:
         """`pid` is the process that connected."""
         self.descriptor = descriptor
         self.pid = pid
+        self.flags = 0
         self.waiter: Waiter | None = None
 
     def answer(self, error: int) -> None:
         """Give the errno with which the program's call ends, or 0."""
         lib.native_answer(self.descriptor, KIND_ANSWER, error, b"")
+
+    def tell_waiting(self, holder: str) -> None:
+        """Tell the program, if it wants to know, whom it waits for."""
+        if self.flags & lib.FLAG_VERBOSE:
+            lib.native_send(self.descriptor, lib.KIND_WAITING, 0, holder.encode(errors="replace"))
 
     def refuse(self, text: str) -> None:
         """Say why no protection can be given."""
@@ -117,6 +123,7 @@ class Programs:
 
     def _pass_on(self, connection: Connection) -> None:
         body = self._body
+        connection.flags = body.flags
         self._request(
             connection,
             body.operation,

@@ -187,12 +187,17 @@ class Fleet:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115  (closed in end())
 
-    def start(self, environment: Mapping[str, str] | None = None, *prefix: str) -> Driver:
+    def start(
+        self,
+        environment: Mapping[str, str] | None = None,
+        *prefix: str,
+        executable: Path | None = None,
+    ) -> Driver:
         """A new driver; PREFIX is a command that runs the one behind it, in place or as a child."""
         ours, theirs = control_pair()
         with theirs:
             process = subprocess.Popen(
-                [*prefix, str(program("lockdriver")), str(theirs.fileno())],
+                [*prefix, str(executable or program("lockdriver")), str(theirs.fileno())],
                 env=dict(self.environment if environment is None else environment),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,

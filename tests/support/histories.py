@@ -54,9 +54,7 @@ def first_model() -> Model:
     return model
 
 
-PRELUDE: list[Raw] = [
-    ("open", process, file, 0) for process in range(len(FIRST_PROCESSES)) for file in range(FILES)
-]
+PRELUDE: list[Raw] = [("open", process, file, 0) for process in range(len(FIRST_PROCESSES)) for file in range(FILES)]
 """So that there is something to lock from the first step on."""
 
 

@@ -66,11 +66,18 @@ class World:
         if calls:
             await_true(lambda: self._quiescent(calls), f"{[call.driver for call in calls]} to wait")
 
+    def await_process_blocked(self, pid: int) -> None:
+        """The same of a program that is no driver, single-threaded, and must not return meanwhile."""
+        await_true(lambda: self._all_wait([(pid, pid)]), f"process {pid} to wait")
+
     def _quiescent(self, calls: Sequence[Call]) -> bool:
         for call in calls:
             if call.returned():
                 raise AssertionError(f"{call.driver}: {call.value()} from a call that should wait")
-        before = [thread_state(call.driver.pid, call.tid) for call in calls]
+        return self._all_wait([(call.driver.pid, call.tid) for call in calls])
+
+    def _all_wait(self, threads: Sequence[tuple[int, int]]) -> bool:
+        before = [thread_state(*thread) for thread in threads]
         if not all(state and state.asleep for state in before):
             return False
         in_flock = [state is not None and state.syscall == FLOCK_SYSCALL for state in before]
@@ -80,7 +87,7 @@ class World:
             return False
         self.round_trip()
         self.round_trip()
-        return [thread_state(call.driver.pid, call.tid) for call in calls] == before
+        return [thread_state(*thread) for thread in threads] == before
 
     def round_trip(self) -> None:
         """A lock call of nobody else's concern, answered by the keeper when there is one."""
