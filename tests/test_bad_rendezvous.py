@@ -153,9 +153,7 @@ def test_the_directory_is_full(attempt: Begin, small_file_system: Path) -> None:
     assert sorted(small_file_system.iterdir()) == before
 
 
-def test_the_directory_gets_full_under_a_running_keeper(
-    attempt: Begin, small_file_system: Path
-) -> None:
+def test_the_directory_gets_full_under_a_running_keeper(attempt: Begin, small_file_system: Path) -> None:
     """The keeper is there and has no room for one more proxy; the locks it has stay."""
     attempt(small_file_system).works()
     _fill(small_file_system)
@@ -173,9 +171,7 @@ def test_the_directory_is_read_only(attempt: Begin, small_file_system: Path) -> 
 
 
 @pytest.mark.parametrize("kind", ["missing", "not executable", "a directory"])
-def test_the_keeper_s_python_cannot_be_executed(
-    attempt: Begin, rendezvous: Path, kind: str
-) -> None:
+def test_the_keeper_s_python_cannot_be_executed(attempt: Begin, rendezvous: Path, kind: str) -> None:
     python = rendezvous.with_name(rendezvous.name + "-python")
     if kind == "not executable":
         python.write_text("")

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Union
 
 import pytest
-from flockshim.pytest_plugin import require
 from support.driver import BUSY, EX, OK, SH, UN, Driver, Fleet
 from support.proc import await_true, children
 from support.worlds import World
+
+from flockshim.pytest_plugin import require
 
 Word = Union[str, "os.PathLike[str]"]
 
@@ -247,7 +248,7 @@ def test_a_script_that_locks_itself(world: World) -> None:
         (["--help"], 0),
         (["--version"], 0),
     ],
-    ids=" ".join,
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_bad_input(world: World, words: list[str], status: int) -> None:
     world.file()

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import IO
 
 import pytest
-from flockshim.pytest_plugin import require
 from support.driver import BUSY, EX, NB, OK, SH, UN
 from support.programs import program
 from support.worlds import World
+
+from flockshim.pytest_plugin import require
 
 PYTHON_HOLDS = """
 import fcntl, sys

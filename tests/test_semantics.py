@@ -18,9 +18,7 @@ BAD_OPERATIONS = [0, NB, SH | EX, SH | UN, EX | UN, SH | EX | UN, 16, EX | 1024,
     ids=["SH-SH", "SH-EX", "EX-SH", "EX-EX"],
 )
 @pytest.mark.parametrize("same_process", [True, False], ids=["one process", "two processes"])
-def test_shared_and_exclusive(
-    world: World, held: int, wanted: int, result: int, same_process: bool
-) -> None:
+def test_shared_and_exclusive(world: World, held: int, wanted: int, result: int, same_process: bool) -> None:
     path = world.file()
     holder, held_fd = world.opened()
     other = holder if same_process else world.start()

@@ -56,9 +56,7 @@ class Load(NamedTuple):
 
 @pytest.mark.parametrize("load", [Load(16, 50, 40, 12), Load(100, 6, 40, 8)], ids=["16", "100"])
 @pytest.mark.parametrize("reads", [0, 2], ids=["writers", "readers and writers"])
-def test_no_update_is_lost_and_nobody_hangs(
-    torture: Torture, rendezvous: Path, load: Load, reads: int
-) -> None:
+def test_no_update_is_lost_and_nobody_hangs(torture: Torture, rendezvous: Path, load: Load, reads: int) -> None:
     processes, each, program_kills, keeper_kills = load
     chance = random.Random(processes + reads)
     for seat in range(processes):

@@ -164,9 +164,7 @@ def test_an_environment_cleared_after_the_start(fresh_world: World, rendezvous: 
     assert not fresh_world.free(fresh_world.file())
 
 
-def test_the_keeper_does_not_keep_the_program_s_descriptors(
-    fresh_world: World, rendezvous: Path
-) -> None:
+def test_the_keeper_does_not_keep_the_program_s_descriptors(fresh_world: World, rendezvous: Path) -> None:
     """Else a reader of the program's pipe would wait for the keeper's end."""
     driver, fd = fresh_world.opened()
     ends = driver.ask("pipe")

@@ -65,14 +65,16 @@ def index() -> Index:
     try:
         return Index(newest(), index_settings())
     except NoRegistryError as error:
-        return require(False, "no package index", f"connect pip with one: {error}")  # type: ignore[return-value]
+        require(False, "no package index", f"connect pip with one: {error}")
+        raise
 
 
 def released(name: str, index: Index) -> Release:
     try:
         return Release(name, fetched(index.newest if name == "newest" else name))
     except NoRegistryError as error:
-        return require(False, f"no uv {name}", f"connect pip with an index: {error}")  # type: ignore[return-value]
+        require(False, f"no uv {name}", f"connect pip with an index: {error}")
+        raise
 
 
 @pytest.fixture(scope="session", params=RELEASES)
@@ -250,7 +252,7 @@ def test_two_uv_that_use_the_tools_take_turns(uv: Uv, release: Release, tmp_path
     """And, where there is a lock for it, the cache is not cleaned under one that uses it."""
     slow = SlowPackage(uv.base, tmp_path)
     first = uv.start("tool", "install", *PYTHON, "--no-index", str(slow.source))
-    await_true(slow.is_building, f"{first.args} to build")
+    await_true(slow.is_building, f"{first.args!r} to build")
     tools, cache = uv.base / "tools" / ".lock", uv.base / "cache" / ".lock"
     tried = succeeded(uv.start_program(sys.executable, "-c", TRY, str(tools)))
     assert tried.out == "held elsewhere\n"
@@ -274,7 +276,7 @@ def test_two_uv_that_change_an_environment_take_turns(uv: Uv, tmp_path: Path) ->
     uv.succeed("venv", *PYTHON, env)
     install = ("pip", "install", "--python", env, *local(uv, "package"))
     first = uv.start(*install, str(slow.source))
-    await_true(slow.is_building, f"{first.args} to build")
+    await_true(slow.is_building, f"{first.args!r} to build")
     second = uv.start("-v", *install, "package")
     await_waiting(second, uv.base / "env" / ".lock")
     assert not installed(uv, "package")
@@ -328,6 +330,7 @@ def test_mode_success_does_the_job_and_protects_nothing(newest_uv: Uv) -> None:
     holder = newest_uv.start_program(sys.executable, "-c", HOLD, lock, shim=("--mode=success",))
     assert holder.stdout
     assert holder.stdout.readline() == "held\n"
-    newest_uv.succeed("tool", "list", shim=("--mode=success",))
+    listed = newest_uv.succeed("tool", "list", shim=("--mode=success",))
+    assert listed.err.startswith("flockshim: warning: ")
     assert holder.poll() is None
     succeeded(holder)

@@ -153,14 +153,14 @@ def end(process: subprocess.Popen[str]) -> Done:
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
-        raise AssertionError(f"{process.args} hangs, having said: {out}{err}") from None
+        raise AssertionError(f"{process.args!r} hangs, having said: {out}{err}") from None
     return Done(process.returncode, out, err)
 
 
 def succeeded(process: subprocess.Popen[str]) -> Done:
     """Wait for a process that must exit with 0."""
     done = end(process)
-    assert done.status == 0, f"{process.args} exited with {done.status}: {done.out}{done.err}"
+    assert done.status == 0, f"{process.args!r} exited with {done.status}: {done.out}{done.err}"
     return done
 
 
@@ -177,8 +177,8 @@ def await_waiting(process: subprocess.Popen[str], lock: Path) -> None:
         if "Waiting to acquire" in line and f"`{lock}`" in line:
             break
     else:
-        raise AssertionError(f"{process.args} did not wait for {lock}: {''.join(said)}")
-    await_true(lambda: _sleeps_in_recvfrom(process.pid), f"{process.args} to wait for the keeper")
+        raise AssertionError(f"{process.args!r} did not wait for {lock}: {''.join(said)}")
+    await_true(lambda: _sleeps_in_recvfrom(process.pid), f"{process.args!r} to wait for the keeper")
     assert process.poll() is None
 
 
