@@ -6,9 +6,7 @@
 #include <fcntl.h>
 #include <linux/kcmp.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
@@ -28,18 +26,8 @@ struct search {
     char path[PATH_SIZE];
 };
 
-static int path_of(pid_t pid, int number, char *path) {
-    char link[64];
-    ssize_t length;
-
-    snprintf(link, sizeof link, "/proc/%d/fd/%d", pid, number);
-    length = readlink(link, path, PATH_SIZE - 1);
-    path[length < 0 ? 0 : length] = 0;
-    return length > 0;
-}
-
-static long kcmp(pid_t one, pid_t other, int type, unsigned long a, unsigned long b) {
-    return syscall(SYS_kcmp, one, other, type, a, b);
+static long kcmp_file(pid_t other, int mine, int its) {
+    return syscall(SYS_kcmp, getpid(), other, KCMP_FILE, (unsigned long)mine, (unsigned long)its);
 }
 
 /* Without kcmp: a property of the description that nobody uses for files, fcntl(2) F_SETSIG, is
@@ -57,20 +45,37 @@ static int same_by_mark(int one, int other) {
 }
 
 int native_same_description(int one, int other) {
-    pid_t self = getpid();
-    long order = kcmp(self, self, KCMP_FILE, (unsigned long)one, (unsigned long)other);
+    long order = kcmp_file(getpid(), one, other);
 
-    if (order < 0)
-        return same_by_mark(one, other);
-    return order == 0;
+    return order < 0 ? same_by_mark(one, other) : order == 0;
 }
 
 int native_compare(int one, int other, int *error) {
-    pid_t self = getpid();
-    long order = kcmp(self, self, KCMP_FILE, (unsigned long)one, (unsigned long)other);
+    long order = kcmp_file(getpid(), one, other);
 
     *error = order < 0 ? errno : 0;
     return order == 1 ? -1 : order == 2 ? 1 : 0;
+}
+
+static int read_link(int directory, const char *name, char *path) {
+    ssize_t length = readlinkat(directory, name, path, PATH_SIZE - 1);
+
+    path[length < 0 ? 0 : length] = 0;
+    return length > 0;
+}
+
+static int path_in(int directory, int number, char *path) {
+    char name[16];
+
+    snprintf(name, sizeof name, "%d", number);
+    return read_link(directory, name, path);
+}
+
+static int path_of(pid_t pid, int number, char *path) {
+    char name[64];
+
+    snprintf(name, sizeof name, "/proc/%d/fd/%d", pid, number);
+    return read_link(AT_FDCWD, name, path);
 }
 
 static int same_path(int kept, pid_t pid, int number) {
@@ -80,14 +85,15 @@ static int same_path(int kept, pid_t pid, int number) {
 }
 
 int native_is_open_at(int kept, int pid, int number) {
-    long order = kcmp(getpid(), pid, KCMP_FILE, (unsigned long)kept, (unsigned long)number);
+    long order = kcmp_file(pid, kept, number);
 
     if (order >= 0)
         return order == 0;
     return (errno == EPERM || errno == EACCES || errno == ENOSYS) && same_path(kept, pid, number);
 }
 
-static int is_kept(const struct search *search, pid_t pid, int number) {
+static int is_kept(const struct search *search, pid_t pid, int directory, int number) {
+    (void)directory;
     return native_is_open_at(search->kept, pid, number);
 }
 
@@ -97,55 +103,55 @@ int native_is_open_in(int kept, int pid) {
     return descriptors_find(pid, is_kept, &search) >= 0;
 }
 
-static int find_among_descriptors(void *argument, pid_t pid) {
-    struct search *search = argument;
-    int number = descriptors_find(pid, is_kept, search);
-
-    if (number < 0)
-        return 0;
+static int found_at(struct search *search, pid_t pid, int number) {
     *search->place = (struct native_place){.pid = pid, .number = number};
     return 1;
 }
 
-static int is_carrying(const struct search *search, pid_t pid, int number) {
+static int find_among_descriptors(struct search *search, pid_t pid) {
+    int number = descriptors_find(pid, is_kept, search);
+
+    return number >= 0 && found_at(search, pid, number);
+}
+
+static int is_carrying(const struct search *search, pid_t pid, int directory, int number) {
     char path[PATH_SIZE];
 
-    return path_of(pid, number, path) && strncmp(path, "socket:[", 8) == 0 &&
+    return path_in(directory, number, path) && strncmp(path, "socket:[", 8) == 0 &&
            socket_may_carry(pid, number, search->kept);
 }
 
-static int has_path(const struct search *search, pid_t pid, int number) {
+static int has_path(const struct search *search, pid_t pid, int directory, int number) {
     char path[PATH_SIZE];
 
-    return path_of(pid, number, path) && strcmp(path, search->path) == 0;
+    (void)pid;
+    return path_in(directory, number, path) && strcmp(path, search->path) == 0;
 }
 
 /* The kernel does not say which description a mapping was made by. One in a process that has
  * another description of the file open is taken for a mapping of that: else a program's crash would
  * block all those that have the file mapped. */
-static int is_mapped(const struct search *search, pid_t pid) {
+static int is_mapped(struct search *search, pid_t pid) {
     char maps[64];
 
     snprintf(maps, sizeof maps, "/proc/%d/maps", pid);
-    return file_has_line_with(maps, search->mapping, search->path) &&
+    return file_mentions(maps, search->mapping, search->path) &&
            descriptors_find(pid, has_path, search) < 0;
 }
 
-/* A description without a descriptor: mapped into memory, mmap(2), or under way in a socket. A
- * process that has changed its privileges may not be looked into; the one that locked is then taken
- * to hold on. */
-static int find_hidden(void *argument, pid_t pid) {
-    struct search *search = argument;
+/* Also without a descriptor: mapped into memory, mmap(2), or under way in a socket. Sockets come
+ * first: what is received meanwhile is found among the descriptors. A process that has changed its
+ * privileges may not be looked into; the one that locked is then taken to hold on. */
+static int find_anyhow(struct search *search, pid_t pid) {
+    int carried = descriptors_find(pid, is_carrying, search);
 
-    if (!is_mapped(search, pid) && descriptors_find(pid, is_carrying, search) < 0 &&
-        !(pid == search->known_pid && !descriptors_readable(pid)))
-        return 0;
-    *search->place = (struct native_place){.pid = pid, .number = -1};
-    return 1;
+    if (carried >= 0 || (carried == -EACCES && pid == search->known_pid) || is_mapped(search, pid))
+        return found_at(search, pid, -1);
+    return find_among_descriptors(search, pid);
 }
 
-/* Descriptors are looked at again in the end: a description may move from a socket into a process
- * that had been looked at before, or to a forked child, while we look. */
+/* Twice: a description may move while we look, by a socket or to a forked child, into a process
+ * that had been looked at before. */
 int native_find_open(int kept, uint64_t device, uint64_t inode, int known_pid,
                      struct native_place *place) {
     struct search search = {.kept = kept, .known_pid = known_pid, .place = place};
@@ -153,6 +159,5 @@ int native_find_open(int kept, uint64_t device, uint64_t inode, int known_pid,
     path_of(getpid(), kept, search.path);
     snprintf(search.mapping, sizeof search.mapping, " %02x:%02x %lu ", major(device), minor(device),
              (unsigned long)inode);
-    return processes_find(find_among_descriptors, &search) ||
-           processes_find(find_hidden, &search) || processes_find(find_among_descriptors, &search);
+    return processes_find(find_among_descriptors, &search) || processes_find(find_anyhow, &search);
 }

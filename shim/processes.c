@@ -1,3 +1,5 @@
+#include "processes.h"
+
 #include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
@@ -6,10 +8,9 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-
-#include "processes.h"
 
 /* 1, 0, or -1 where kcmp(2) is forbidden. */
 static int same_table(pid_t one, pid_t other) {
@@ -25,29 +26,34 @@ static int is_keeper(pid_t pid) {
     return pid == getpid() || same == 1 || (same < 0 && pid == getppid());
 }
 
+static pid_t number_of(const struct dirent *entry) {
+    return isdigit((unsigned char)*entry->d_name) ? atoi(entry->d_name) : -1;
+}
+
 /* Threads share the table of their process, as a rule; unshare(CLONE_FILES) makes an exception, and
  * the main thread may have ended while others go on (its table then shows empty). */
-static int threads_find(pid_t pid, process_test test, void *argument) {
-    char name[64];
+static int threads_find(pid_t pid, process_test test, struct search *search) {
+    struct stat status;
     struct dirent *entry;
+    char name[64];
     DIR *tasks;
     int found = 0;
 
     snprintf(name, sizeof name, "/proc/%d/task", pid);
-    tasks = opendir(name);
-    if (!tasks)
+    /* The directory's link count is the number of threads and 2: no need to list a single one. */
+    if (stat(name, &status) < 0 || status.st_nlink == 3 || !(tasks = opendir(name)))
         return 0;
     while (!found && (entry = readdir(tasks))) {
-        pid_t thread = atoi(entry->d_name);
+        pid_t thread = number_of(entry);
 
         if (thread > 0 && thread != pid && same_table(pid, thread) != 1)
-            found = test(argument, thread);
+            found = test(search, thread);
     }
     closedir(tasks);
     return found;
 }
 
-int processes_find(process_test test, void *argument) {
+int processes_find(process_test test, struct search *search) {
     DIR *processes = opendir("/proc");
     struct dirent *entry;
     int found = 0;
@@ -55,10 +61,10 @@ int processes_find(process_test test, void *argument) {
     if (!processes)
         return 0;
     while (!found && (entry = readdir(processes))) {
-        pid_t pid = isdigit((unsigned char)*entry->d_name) ? atoi(entry->d_name) : 0;
+        pid_t pid = number_of(entry);
 
         if (pid > 0 && !is_keeper(pid))
-            found = test(argument, pid) || threads_find(pid, test, argument);
+            found = test(search, pid) || threads_find(pid, test, search);
     }
     closedir(processes);
     return found;
@@ -73,32 +79,19 @@ int descriptors_find(pid_t pid, descriptor_test test, const struct search *searc
     snprintf(name, sizeof name, "/proc/%d/fd", pid);
     descriptors = opendir(name);
     if (!descriptors)
-        return -1;
+        return errno == EACCES || errno == EPERM ? -EACCES : -1;
     while (found < 0 && (entry = readdir(descriptors))) {
-        if (isdigit((unsigned char)*entry->d_name) && test(search, pid, atoi(entry->d_name)))
-            found = atoi(entry->d_name);
+        int number = number_of(entry);
+
+        if (number >= 0 && test(search, pid, dirfd(descriptors), number))
+            found = number;
     }
     closedir(descriptors);
     return found;
 }
 
-int descriptors_readable(pid_t pid) {
-    char name[64];
-    DIR *descriptors;
-
-    snprintf(name, sizeof name, "/proc/%d/fd", pid);
-    descriptors = opendir(name);
-    if (descriptors)
-        closedir(descriptors);
-    return descriptors || (errno != EACCES && errno != EPERM);
-}
-
-static FILE *open_file(const char *name) {
-    return fopen(name, "re");
-}
-
 long file_field(const char *file, const char *field) {
-    FILE *stream = open_file(file);
+    FILE *stream = fopen(file, "re");
     char line[256];
     long value = 0;
 
@@ -111,27 +104,37 @@ long file_field(const char *file, const char *field) {
     return value;
 }
 
-static int ends_in(const char *line, size_t length, const char *path) {
-    size_t wanted = strlen(path);
+static int has_line_ending(const char *text, size_t size, const char *path) {
+    size_t length = strlen(path);
+    const char *end = text + size;
 
-    return wanted && length > wanted && line[length - wanted - 1] == ' ' &&
-           memcmp(line + length - wanted, path, wanted) == 0;
+    while (length && (text = memmem(text, (size_t)(end - text), path, length))) {
+        if (text + length == end || text[length] == '\n')
+            return 1;
+        text++;
+    }
+    return 0;
 }
 
-int file_has_line_with(const char *file, const char *part, const char *path) {
-    FILE *stream = open_file(file);
-    char *line = NULL;
-    size_t size = 0;
-    ssize_t length;
+/* Whole lines are looked at; what has been read of the last one is carried over to the next read.
+ */
+int file_mentions(const char *file, const char *part, const char *path) {
+    char buffer[65536];
+    size_t kept = 0;
+    ssize_t got;
     int found = 0;
+    int descriptor = open(file, O_RDONLY | O_CLOEXEC);
 
-    while (stream && !found && (length = getline(&line, &size, stream)) > 0) {
-        if (line[length - 1] == '\n')
-            length--;
-        found = strstr(line, part) || ends_in(line, (size_t)length, path);
+    while (descriptor >= 0 && !found &&
+           (got = read(descriptor, buffer + kept, sizeof buffer - kept)) > 0) {
+        size_t size = kept + (size_t)got;
+        char *last = memrchr(buffer, '\n', size);
+
+        found = memmem(buffer, size, part, strlen(part)) || has_line_ending(buffer, size, path);
+        kept = last ? (size_t)(buffer + size - last - 1) : 0;
+        memmove(buffer, buffer + size - kept, kept);
     }
-    free(line);
-    if (stream)
-        fclose(stream);
+    if (descriptor >= 0)
+        close(descriptor);
     return found;
 }

@@ -1,23 +1,26 @@
-/* Walks over /proc: processes, and threads with a descriptor table of their own; files in their
- * directories. */
+/* Walks over /proc: processes, threads with a descriptor table of their own, and descriptors. */
 #ifndef FLOCKSHIM_PROCESSES_H
 #define FLOCKSHIM_PROCESSES_H
 
+#include <stddef.h>
 #include <sys/types.h>
 
-typedef int (*process_test)(void *argument, pid_t pid);
 struct search;
-typedef int (*descriptor_test)(const struct search *search, pid_t pid, int number);
+
+/* Both return nonzero when found; directory is an open /proc/PID/fd. */
+typedef int (*process_test)(struct search *search, pid_t pid);
+typedef int (*descriptor_test)(const struct search *search, pid_t pid, int directory, int number);
 
 /* 1 as soon as test is true of a process (or thread) that does not share our descriptor table. */
-int processes_find(process_test test, void *argument);
-/* The first descriptor of pid of which test is true, or -1. */
-int descriptors_find(pid_t pid, descriptor_test test, const struct search *search);
-int descriptors_readable(pid_t pid);
+int processes_find(process_test test, struct search *search);
 
-/* The number behind field at the beginning of a line, or 0. */
+/* The first descriptor of pid of which test is true, -1 where there is none, or -EACCES. */
+int descriptors_find(pid_t pid, descriptor_test test, const struct search *search);
+
+/* The number behind field at the beginning of a line of file, or 0. */
 long file_field(const char *file, const char *field);
-/* Whether a line of file contains part, or ends in path (if not empty). */
-int file_has_line_with(const char *file, const char *part, const char *path);
+
+/* Whether part stands in file, or path (if not empty) at the end of a line. */
+int file_mentions(const char *file, const char *part, const char *path);
 
 #endif

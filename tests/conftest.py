@@ -10,8 +10,11 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from support.groups import ControlGroup, NoControlGroups
 from support.keepers import end_keepers
 from support.worlds import World
+
+from flockshim.pytest_plugin import require
 
 NATIVE_ROOT = "/dev/shm"
 
@@ -108,3 +111,15 @@ def fresh_world(request: pytest.FixtureRequest, rendezvous: Path) -> Iterator[Wo
     emulated = emulated_world(request, rendezvous)
     yield emulated
     _ended_quietly(emulated)
+
+
+@pytest.fixture
+def group() -> Iterator[ControlGroup]:
+    """A control group for this test alone."""
+    try:
+        group = ControlGroup()
+    except NoControlGroups as error:
+        require(False, f"no control group can be made: {error}", "run as root on cgroup v2 or v1")
+        raise
+    yield group
+    group.remove()

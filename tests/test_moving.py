@@ -2,25 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 from support.driver import BUSY, EX, NB, OK, SH, UN, Driver
-from support.groups import ControlGroup, NoControlGroups
+from support.groups import ControlGroup
 from support.worlds import World
-
-from flockshim.pytest_plugin import require
-
-
-@pytest.fixture
-def group() -> Iterator[ControlGroup]:
-    try:
-        group = ControlGroup()
-    except NoControlGroups as error:
-        require(False, f"no control group can be made: {error}", "run as root on cgroup v2 or v1")
-        raise
-    yield group
-    group.remove()
 
 
 def _move(driver: Driver, group: ControlGroup) -> None:

@@ -195,6 +195,15 @@ def test_a_given_directory_is_mirrored_and_kept(fuse: None, tmp_path: Path) -> N
     assert (tmp_path / "after").read_text() == "2"
 
 
+def test_nothing_is_removed_through_the_mount(fuse: None, tmp_path: Path) -> None:
+    (tmp_path / "precious").touch()
+    with nolockfs.mount(backing=tmp_path) as path:
+        nolockfs._remove(path.parent)
+        assert (path / "precious").exists()
+    assert (tmp_path / "precious").exists()
+    assert not path.parent.exists()
+
+
 def test_it_is_unmounted_though_files_are_open(fuse: None) -> None:
     with nolockfs.mount() as path:
         fd = os.open(path / "file", os.O_RDWR | os.O_CREAT)

@@ -228,18 +228,18 @@ def test_a_file_made_unwritable_can_be_written_by_who_made_it(nolock_dir: Path) 
     assert stat.S_IMODE((nolock_dir / "file").stat().st_mode) == 0o400
 
 
-def test_a_shared_mapping_is_written_back(nolock_dir: Path) -> None:
+def test_a_shared_mapping_is_written_back_where_it_belongs(nolock_dir: Path) -> None:
     size = 3 * mmap.PAGESIZE + 5
-    with open(nolock_dir / "file", "w+b") as file, open(nolock_dir / "file", "ab") as appending:
-        file.truncate(size)
-        mapping = mmap.mmap(file.fileno(), size)
+    fd = os.open(nolock_dir / "file", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    os.ftruncate(fd, size)
+    with mmap.mmap(fd, size) as mapping:
         mapping[-5:] = b"first"
-        appending.write(b" last")
-        appending.flush()
+        os.write(fd, b" last")
         mapping[:5] = b"again"
         mapping.flush()
-        mapping.close()
-        content = os.pread(file.fileno(), size + 10, 0)
+    content = os.pread(fd, size + 10, 0)
+    os.close(fd)
+    assert len(content) == size + 5
     assert content[:5] == b"again"
     assert content[5:-10] == bytes(size - 10)
     assert content[-10:] == b"first last"

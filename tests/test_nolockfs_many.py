@@ -50,14 +50,20 @@ def test_more_files_than_descriptors(fuse: None, tmp_path: Path) -> None:
     backing, path = tmp_path / "backing", tmp_path / "mount"
     backing.mkdir()
     path.mkdir()
-    arguments = ["-m", "flockshim.nolockfs", backing, path, "--posix=local", "--flock=local"]
+    few = ["setpriv", "--bounding-set=-sys_resource", "prlimit", "--nofile=64:64"]
     server = subprocess.Popen(
-        ["setpriv", "--bounding-set=-sys_resource", "prlimit", "--nofile=64:64"] + [sys.executable, *arguments],
+        [*few, sys.executable, "-m", "flockshim.nolockfs", str(backing), str(path)],
         stdout=subprocess.PIPE,
     )
+    # Held by O_PATH, which the server does not see: their inode numbers are soon used again.
+    held: list[int] = []
     assert server.stdout
     assert server.stdout.readline().startswith(b"ready ")
     try:
+        for number in range(50):
+            (path / f"old{number}").touch()
+            held.append(os.open(path / f"old{number}", os.O_PATH))
+            (path / f"old{number}").unlink()
         for number in range(200):
             (path / f"dir{number}").mkdir()
             (path / f"dir{number}" / "file").write_text(str(number))
@@ -76,6 +82,8 @@ def test_more_files_than_descriptors(fuse: None, tmp_path: Path) -> None:
             assert first.read() == "0"
             assert os.fstat(first.fileno()).st_nlink == 0
         assert len(os.listdir(path)) == 399
+        for fd in held:
+            os.close(fd)
     finally:
         server.terminate()
         server.communicate()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,22 +218,25 @@ def locks_cache(release: Release) -> bool:
     return release.name not in ("0.4.30", "0.7.21")
 
 
+def locks_project(release: Release) -> bool:
+    return release.name != "0.4.30"
+
+
 def test_uv_waits_for_a_lock_that_another_program_holds(uv: Uv, release: Release) -> None:
     env = str(uv.base / "env")
+    (uv.project / "pyproject.toml").write_text('[project]\nname = "demo"\nversion = "1"\nrequires-python = ">=3.9"\n')
     uv.succeed("venv", *PYTHON, env)
-    waits: dict[str, tuple[tuple[str, ...], Callable[[], bool]]] = {
-        "tools": (
-            ("tool", "install", *PYTHON, *local(uv, "atool"), "atool"),
-            (uv.base / "bin" / "atool").exists,
-        ),
-        "env": (
-            ("pip", "install", "--python", env, *local(uv, "package"), "package"),
-            lambda: installed(uv, "package"),
-        ),
+    uv.succeed("venv", *PYTHON)
+    commands = {
+        "tools": ("tool", "install", *PYTHON, *local(uv, "atool"), "atool"),
+        "env": ("pip", "install", "--python", env, *local(uv, "package"), "package"),
+        "pythons": ("python", "uninstall", "3.99"),
     }
+    if locks_project(release):
+        commands["project/.venv"] = ("sync", *PYTHON, "--no-index")
     if locks_cache(release):
-        waits["cache"] = ("cache", "clean"), lambda: not (uv.base / "cache" / "CACHEDIR.TAG").exists()
-    for directory, (command, is_done) in waits.items():
+        commands["cache"] = ("cache", "clean")
+    for directory, command in commands.items():
         lock = uv.base / directory / ".lock"
         lock.parent.mkdir(exist_ok=True)
         holder = uv.start_program(sys.executable, "-c", HOLD, str(lock))
@@ -242,10 +244,12 @@ def test_uv_waits_for_a_lock_that_another_program_holds(uv: Uv, release: Release
         assert holder.stdout.readline() == "held\n"
         waiter = uv.start("-v", *command)
         await_waiting(waiter, lock)
-        assert not is_done()
+        assert not (uv.base / "bin" / "atool").exists() or directory != "tools"
+        assert not installed(uv, "package") or directory != "env"
         succeeded(holder)
         succeeded(waiter)
-        assert is_done()
+    assert (uv.base / "bin" / "atool").exists()
+    assert installed(uv, "package")
 
 
 def test_two_uv_that_use_the_tools_take_turns(uv: Uv, release: Release, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ class Mount:
         try:
             self._start()
         except BaseException:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            _remove(self._scratch)
             raise
         return self.path
 
@@ -124,7 +124,7 @@ class Mount:
         self._guard.terminate()
         if self._guard.wait() != 0:
             self._unmount_abandoned()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        _remove(self._scratch)
         self._log.seek(0)
         sys.stderr.write(os.fsdecode(self._log.read()))
         self._log.close()
@@ -163,6 +163,18 @@ class Mount:
             return  # nothing is mounted any more
 
 
+def _remove(scratch: Path) -> None:
+    """Remove what a Mount made, but never through the mount: that would empty the backing directory.
+
+    A directory that is still mounted on cannot be removed (EBUSY), and then nothing is.
+    """
+    try:
+        (scratch / "mount").rmdir()
+    except OSError:
+        return
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m flockshim.nolockfs",
@@ -174,7 +186,7 @@ def _main() -> int:
         help_text = f"what {call} locks answer: an errno, 'local' (they work) or 'hang'"
         parser.add_argument(f"--{call}", metavar="ERRNO", default="ENOSYS", help=help_text)
     parser.add_argument("--owner", metavar="PID", type=int, help="unmount when this process ends")
-    parser.add_argument("--remove", metavar="DIR", help="remove this directory after unmounting")
+    parser.add_argument("--remove", metavar="DIR", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
         _serve(options)
@@ -182,7 +194,7 @@ def _main() -> int:
         print(f"flockshim: {error}", file=sys.stderr)
         return _EXIT_FAILED
     if options.remove:
-        shutil.rmtree(options.remove, ignore_errors=True)
+        _remove(Path(options.remove))
     return 0
 
 

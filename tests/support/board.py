@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import signal
 import struct
 import subprocess
@@ -10,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from support.proc import DEADLINE, await_true
+from support.proc import await_true, children
 from support.programs import program
 
 SEATS = 128
@@ -47,6 +49,10 @@ class Torture:
         """Increments completed, all seats together."""
         return sum(struct.unpack_from(f"={SEATS}Q", self.board, DONE * WORD))
 
+    def violations(self) -> int:
+        """How often a process has seen another one where it should be alone."""
+        return self.word(0)
+
     def sit(self, seat: int, target: int, reads: int = 0, prefix: Sequence[str] = ()) -> None:
         """Fill SEAT until it has made TARGET increments, with READS shared visits between two."""
         self.targets[seat], self.reads[seat], self.prefixes[seat] = target, reads, prefix
@@ -82,8 +88,8 @@ class Torture:
         """What the processes have complained about, of themselves or of each other."""
         self.stderr.seek(0)
         text = self.stderr.read().decode()
-        if self.word(0) and not text:
-            return f"{self.word(0)} violations"
+        if self.violations() and not text:
+            return f"{self.violations()} violations"
         return text
 
     def await_all(self, deadline: float) -> None:
@@ -113,12 +119,10 @@ class Torture:
 
     def end(self) -> None:
         for process in self.seats.values():
-            process.kill()
+            # A prefix may be the parent, and must itself wait for what it has started.
+            for pid in children(process.pid) or [process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
         self.stderr.close()
         self.board.close()
-
-
-def deadline_of(work: int) -> float:
-    """Seconds within which WORK increments are made even on a machine that is very busy."""
-    return DEADLINE + work / 20

@@ -167,14 +167,15 @@ def succeeded(process: subprocess.Popen[str]) -> Done:
 def await_waiting(process: subprocess.Popen[str], lock: Path) -> None:
     """Return when ``uv -v`` waits for LOCK: it has said so, and sleeps in a call to the keeper.
 
-    uv writes the line after LOCK_NB was refused and before it asks again without. Of its threads
-    only one that waits for the keeper sleeps in recvfrom(2): its own sockets don't block.
+    uv writes the line, with a path that may be relative, after LOCK_NB was refused and before it
+    asks again without. Of its threads only one that waits for the keeper sleeps in recvfrom(2):
+    its own sockets don't block.
     """
     assert process.stderr
     said = []
     for line in process.stderr:
         said.append(line)
-        if "Waiting to acquire" in line and f"`{lock}`" in line:
+        if "Waiting to acquire" in line and f"{lock.parent.name}/{lock.name}`" in line:
             break
     else:
         raise AssertionError(f"{process.args!r} did not wait for {lock}: {''.join(said)}")
