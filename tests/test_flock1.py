@@ -184,7 +184,7 @@ def test_a_background_child_keeps_the_lock_without_close(world: World) -> None:
 @pytest.mark.parametrize("option", ["-F", "--no-fork"])
 def test_no_fork(world: World, option: str) -> None:
     path = world.file()
-    words = ["flock", option, path, "sh", "-c", "echo $$; read line"]
+    words: list[Word] = ["flock", option, path, "sh", "-c", "echo $$; read line"]
     with subprocess.Popen(words, env=world.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None and process.stdin is not None
         assert int(process.stdout.readline()) == process.pid

@@ -21,7 +21,7 @@ def _hierarchies() -> list[Path]:
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         own[controllers] = path
-    found = []
+    found: list[Path] = []
     for line in Path("/proc/mounts").read_text().splitlines():
         _, mountpoint, kind, options = line.split()[:4]
         if kind == "cgroup2":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import errno
+import functools
 import os
 import signal
 from collections.abc import Iterable, Sequence
@@ -172,7 +173,7 @@ class Runner:
         for call in list(self.calls.values()):
             call.driver.ask("sigthread", call.tid, signal.SIGUSR1)
             assert call.result() == errno.EINTR
-            await_true(lambda call=call: _thread_gone(call), "the thread of the call to end")
+            await_true(functools.partial(_thread_gone, call), "the thread of the call to end")
         for key in list(self.processes):
             if key not in FIRST_PROCESSES:
                 self._kill(key)
