@@ -15,6 +15,8 @@ import struct
 import sys
 import time
 
+import filelock
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,12 +38,12 @@ def ask(means: str, path: str, poll: float) -> Callable[[], Callable[[], None]]:
             return lambda: fcntl.flock(descriptor, fcntl.LOCK_UN)
 
         return by_flock
-    import filelock
 
     def by_filelock() -> Callable[[], None]:
         lock = getattr(filelock, means)(path, poll_interval=poll)
         lock.acquire()
-        return lambda: lock.release()
+        release: Callable[[], None] = lock.release
+        return release
 
     return by_filelock
 
@@ -63,8 +65,11 @@ def chain(acquire: Callable[[], Callable[[], None]], processes: int, memory: mma
     for _ in range(processes):
         child = os.fork()
         if child == 0:
-            take_turn(acquire, memory)
-            os._exit(0)
+            try:
+                take_turn(acquire, memory)
+                os._exit(0)
+            finally:
+                os._exit(1)
         children.append(child)
     time.sleep(SETTLE_SECONDS + SETTLE_SECONDS_EACH * processes)
     start = time.monotonic_ns()

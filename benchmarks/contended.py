@@ -39,7 +39,8 @@ def handing_on(world: World, processes: int, rounds: int) -> Table:
         "a hand-off, median",
         "99th percentile",
     )
-    for name, total in totals.items():
-        each = latencies[name]
-        table.add(name, duration(median(total)), duration(median(each)), duration(quantile(each, 0.99)))
+    for name, hand_offs in latencies.items():
+        table.add(
+            name, duration(median(totals[name])), duration(median(hand_offs)), duration(quantile(hand_offs, 0.99))
+        )
     return table

@@ -14,6 +14,7 @@ from world import Contender, World, keepers, python
 
 HELD = (0, 100, 1000)
 HOST_PROCESSES = (0, 50, 300)
+LOST_AT_ONCE = (1, 10, 100)
 
 
 def first_lock(world: World, rounds: int) -> Table:
@@ -106,3 +107,26 @@ def _kill_to_lock(world: World, name: str, env: dict[str, str]) -> float:
     holder.stop()
     waiter.stop()
     return had - start
+
+
+def many_lost(world: World, rounds: int) -> Table:
+    """Measure how long others wait for the keeper when it looks after all that a killed process had locked."""
+    env = world.shim(simulate="ENOSYS")
+    table = Table(
+        "A process that holds many locks is killed", "locks", "somebody else's next acquire and release", "usual"
+    )
+    place = world.memory / "many"
+    place.mkdir()
+    other = Contender("other", [world.pairs(), "unlock", str(world.memory / "other")], env).start()
+    for count in LOST_AT_ONCE:
+        usual = [float(other.ask(1)[0]) for _ in range(100)]
+        delayed: list[float] = []
+        for _ in range(rounds):
+            holder = Contender("holder", python("hold.py", str(place)), env).start()
+            holder.ask(count)
+            holder.process.kill()
+            holder.stop()
+            delayed.append(other.ask(1)[0])
+        table.add(str(count), duration(median(delayed)), duration(median(usual)))
+    other.stop()
+    return table

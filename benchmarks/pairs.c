@@ -1,5 +1,6 @@
 /* Takes and gives back the flock(2) of a file. For each line with a number on standard input: that
- * many times, and the nanoseconds that it took on standard output. usage: pairs unlock|close FILE */
+ * many times, and the nanoseconds that it took on standard output. usage: pairs unlock|close FILE
+ */
 #include <fcntl.h>
 #include <stdio.h>
 #include <stdlib.h>

@@ -7,6 +7,8 @@ import os
 import sys
 import time
 
+import filelock
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,8 +24,6 @@ def pair(means: str, path: str) -> Callable[[], None]:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
         return by_flock
-    import filelock
-
     lock = getattr(filelock, means)(path)
 
     def by_filelock() -> None:

@@ -24,11 +24,11 @@ class Table:
         """Return it for a terminal."""
         lines = [list(self.columns), *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        shown = [
-            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths)))
-            for line in lines
-        ]
-        return "\n".join([self.title, *("  " + line.rstrip() for line in shown), *self.notes, ""])
+        shown = []
+        for first, *others in lines:
+            numbers = (cell.rjust(width) for cell, width in zip(others, widths[1:]))
+            shown.append("  ".join(["  " + first.ljust(widths[0]), *numbers]).rstrip())
+        return "\n".join([self.title, *shown, *self.notes, ""])
 
     def markdown(self) -> str:
         """Return it in Markdown."""
@@ -42,7 +42,7 @@ def duration(nanoseconds: float) -> str:
     """Return a time with three digits and its unit."""
     for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
         if nanoseconds >= size:
-            return f"{nanoseconds / size:.3g} {unit}" if nanoseconds < 1000 * size else f"{nanoseconds / size:.0f} {unit}"
+            return f"{nanoseconds / size:#.3g} {unit}".replace(". ", " ")
     return f"{nanoseconds:.0f} ns"
 
 

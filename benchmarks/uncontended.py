@@ -79,7 +79,11 @@ def lockable(world: World, rounds: int) -> Table:
     measured = measure(contenders, rounds, NATIVE_PAIRS)
     alone = measured["alone"]
     table = Table(
-        "Where the kernel can lock (tmpfs), C", "acquire and release", "median", "ratio of medians", "ratio round by round"
+        "Where the kernel can lock (tmpfs), C",
+        "acquire and release",
+        "median",
+        "ratio of medians",
+        "ratio round by round",
     )
     for name, values in measured.items():
         ratios = [one / other for one, other in zip(values, alone)]

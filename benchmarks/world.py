@@ -62,7 +62,9 @@ class World:
 
     def native(self) -> dict[str, str]:
         """Return an environment without the shim."""
-        return {name: value for name, value in os.environ.items() if not name.startswith(("FLOCKSHIM_", "LD_PRELOAD"))}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("FLOCKSHIM_", "LD_PRELOAD"))}
+        # FileLock warns when it falls back to SoftFileLock.
+        return {**kept, "PYTHONWARNINGS": "ignore"}
 
     def shim(
         self, mode: str | None = None, simulate: str | None = None, rendezvous: Path | None = None

@@ -15,7 +15,7 @@
 
 /* How often a call may lose its keeper (killed, or leaving just then) before the user is told. */
 #define MAX_LOST 20
-#define MAX_STARTS 3
+#define MAX_STARTS 5
 
 enum outcome { ANSWERED, LOST, NO_KEEPER, REDIRECTED, REFUSED };
 

@@ -220,6 +220,22 @@ def test_it_is_unmounted_after_an_error(fuse: None) -> None:
     assert not is_mounted(mount.path)
 
 
+def test_another_mount_namespace_cannot_keep_it_alive(fuse: None) -> None:
+    require(os.geteuid() == 0, "needs a mount namespace", "run as root")
+    mount = nolockfs.mount()
+    with mount as path:
+        other = subprocess.Popen(
+            ["unshare", "-m", "sh", "-c", "echo; read x"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert other.stdout
+        other.stdout.readline()
+    assert not is_mounted(path)
+    assert not Path(f"/proc/{mount.server_pid}").exists()
+    other.communicate()
+
+
 OWNER = """
 from flockshim import nolockfs
 mount = nolockfs.mount()
@@ -337,13 +353,10 @@ def test_a_backing_directory_that_is_missing_is_one_clear_error(tmp_path: Path) 
         nolockfs.mount(backing=tmp_path / "missing").__enter__()
 
 
-def test_a_missing_device_is_explained(fuse: None, tmp_path: Path) -> None:
+def test_a_missing_device_is_explained() -> None:
     require(os.geteuid() == 0, "needs a mount namespace", "run as root")
-    backing, mountpoint = tmp_path / "backing", tmp_path / "mount"
-    backing.mkdir()
-    mountpoint.mkdir()
     hide = 'mount -t tmpfs none /dev && exec "$@"'
-    done = command(backing, mountpoint, prefix=("unshare", "-m", "sh", "-c", hide, "sh"))
+    done = command("/usr", "/mnt", prefix=("unshare", "-m", "sh", "-c", hide, "sh"))
     assert done.returncode == 125
     assert done.stderr.startswith("flockshim: /dev/fuse is missing: load the kernel module")
     assert done.stderr.count("\n") == 1

@@ -15,6 +15,7 @@ from typing import Optional
 from flockshim import fuse_libc, fuse_mount
 from flockshim.fuse_server import LockAnswer, Server
 
+_GRACE_SECONDS = 1.0
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -39,6 +40,8 @@ def run(backing: str, mountpoint: str, flock: LockAnswer, posix: LockAnswer, own
     server_end = os.pidfd_open(server)
     select.select([*watched, server_end], [], [])
     _unmount(mountpoint, server)
+    if not select.select([server_end], [], [], _GRACE_SECONDS)[0]:
+        os.kill(server, signal.SIGKILL)  # another mount namespace still has a copy of the mount
     os.waitpid(server, 0)
 
 

@@ -163,6 +163,19 @@ static long do_flock(struct request *rq) {
     return flock((int)number(rq, 0), (int)number(rq, 1));
 }
 
+static long do_probe(struct request *rq) {
+    int fd = open(rq->arg[0], O_RDONLY);
+    if (fd < 0)
+        _exit(94);
+    errno = ERRNO_BEFORE;
+    long value = flock(fd, (int)number(rq, 1) | LOCK_NB);
+    int err = errno;
+    flock(fd, LOCK_UN);
+    close(fd);
+    errno = err;
+    return value;
+}
+
 static long do_vforkflock(struct request *rq) {
     int fd = (int)number(rq, 0), operation = (int)number(rq, 1);
     volatile long value = -1;
@@ -329,14 +342,15 @@ static const struct {
     const char *name;
     long (*run)(struct request *);
 } commands[] = {
-    COMMAND(open),      COMMAND(close),     COMMAND(rawclose),     COMMAND(closerange),
-    COMMAND(fclose),    COMMAND(dup),       COMMAND(dup2),         COMMAND(pipe),
-    COMMAND(adopt),     COMMAND(sendfd),    COMMAND(recvfd),       COMMAND(mmap),
-    COMMAND(munmap),    COMMAND(flock),     COMMAND(vforkflock),   COMMAND(flocklater),
-    COMMAND(fork),      COMMAND(spawn),     COMMAND(exec),         COMMAND(thread),
-    COMMAND(endthread), COMMAND(mainexit),  COMMAND(unsharefiles), COMMAND(wait),
-    COMMAND(exit),      COMMAND(sigaction), COMMAND(sigignore),    COMMAND(sigcount),
-    COMMAND(sigthread), COMMAND(chdir),     COMMAND(clearenv),     COMMAND(maxfiles),
+    COMMAND(open),       COMMAND(close),     COMMAND(rawclose),  COMMAND(closerange),
+    COMMAND(fclose),     COMMAND(dup),       COMMAND(dup2),      COMMAND(pipe),
+    COMMAND(adopt),      COMMAND(sendfd),    COMMAND(recvfd),    COMMAND(mmap),
+    COMMAND(munmap),     COMMAND(flock),     COMMAND(probe),     COMMAND(vforkflock),
+    COMMAND(flocklater), COMMAND(fork),      COMMAND(spawn),     COMMAND(exec),
+    COMMAND(thread),     COMMAND(endthread), COMMAND(mainexit),  COMMAND(unsharefiles),
+    COMMAND(wait),       COMMAND(exit),      COMMAND(sigaction), COMMAND(sigignore),
+    COMMAND(sigcount),   COMMAND(sigthread), COMMAND(chdir),     COMMAND(clearenv),
+    COMMAND(maxfiles),
 };
 
 static void obey(struct request *rq) {

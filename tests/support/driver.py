@@ -69,6 +69,7 @@ class Driver:
     def __init__(self, pid: int, control: socket.socket, fleet: Fleet, tid: int = 0) -> None:
         self.pid = pid
         self.tid = tid or pid
+        self.elsewhere = False  # in a pid namespace of its own
         self.control = control
         self.fleet = fleet
         self.answers: dict[str, list[tuple[int, int]]] = {}
@@ -118,8 +119,13 @@ class Driver:
     def flock_later(self, fd: int, operation: int) -> Call:
         """The same in a thread of its own, so that the driver goes on taking commands."""
         call = self.start("flocklater", fd, operation)
-        call.tid = host_thread(self.pid, call.value()[0])
+        tid = call.value()[0]
+        call.tid = host_thread(self.pid, tid) if self.elsewhere else tid
         return call
+
+    def probe(self, path: Path | str, operation: int) -> int:
+        """Result of a non-blocking try from a description of its own, undone at once."""
+        return self.start("probe", path, operation).result()
 
     def fork(self) -> Driver:
         """A child, by fork(2)."""
@@ -209,6 +215,7 @@ class Fleet:
             driver.ask("sigcount", 1)  # whoever answers is the driver, and runs
             while offspring := children(driver.pid):
                 driver.pid = driver.tid = offspring[0]
+                driver.elsewhere = True
         return driver
 
     def errors(self) -> str:

@@ -37,14 +37,15 @@ def await_end(pid: int, deadline: float = DEADLINE) -> None:
 
 def host_thread(pid: int, tid: int) -> int:
     """The id here of the thread that calls itself TID, maybe in a pid namespace of its own."""
-    if Path(f"/proc/{pid}/task/{tid}").exists():
-        return tid
     for task in os.listdir(f"/proc/{pid}/task"):
-        status = Path(f"/proc/{pid}/task/{task}/status").read_text().splitlines()
+        try:
+            status = Path(f"/proc/{pid}/task/{task}/status").read_text().splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
         (numbers,) = [line.split() for line in status if line.startswith("NSpid:")]
         if int(numbers[-1]) == tid:
             return int(task)
-    raise ProcessLookupError(f"thread {tid} of process {pid}")
+    return tid  # it has ended
 
 
 class ThreadState(NamedTuple):

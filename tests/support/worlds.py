@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from support.driver import EX, NB, UN, Call, Driver, Fleet
+from support.driver import EX, Call, Driver, Fleet
 from support.proc import await_true, thread_state
 
 FLOCK_SYSCALL = {"x86_64": 73, "aarch64": 32}.get(platform.machine(), -1)
@@ -24,7 +23,7 @@ class World:
         self.emulated = name == "emulated"
         self.prefix = prefix
         self.fleet = Fleet(environment)
-        self._prober: tuple[Driver, int] | None = None
+        self._prober: Driver | None = None
 
     def start(self) -> Driver:
         """A new process of this world."""
@@ -43,12 +42,7 @@ class World:
 
     def probe(self, path: Path | str, operation: int) -> int:
         """Result of a non-blocking try from a description, and process, of its own; undone."""
-        driver = self._prober_process()[0]
-        fd = driver.open(path, os.O_RDONLY)
-        result = driver.flock(fd, operation | NB)
-        driver.flock(fd, UN)
-        driver.close(fd)
-        return result
+        return self._prober_process().probe(path, operation)
 
     def free(self, path: Path | str) -> bool:
         """Whether nobody holds any lock on PATH."""
@@ -91,14 +85,13 @@ class World:
 
     def round_trip(self) -> None:
         """A lock call of nobody else's concern, answered by the keeper when there is one."""
-        driver, fd = self._prober_process()
-        assert driver.flock(fd, EX | NB) == 0
-        assert driver.flock(fd, UN) == 0
+        driver = self._prober_process()
+        assert driver.probe(self.directory / f".prober-{driver.pid}", EX) == 0
 
-    def _prober_process(self) -> tuple[Driver, int]:
+    def _prober_process(self) -> Driver:
         if self._prober is None:
-            driver = self.start()
-            self._prober = driver, driver.open(self.directory / f".prober-{driver.pid}")
+            self._prober = self.start()
+            self._prober.close(self._prober.open(self.directory / f".prober-{self._prober.pid}"))
         return self._prober
 
     def end(self) -> str:
