@@ -112,7 +112,7 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
         raise FlockshimError("no COMMAND given: see flockshim --help")
     environ = launch.environment(_own_environment(), **options)  # type: ignore[arg-type]
     if environ["FLOCKSHIM_MODE"] == "success" and "FLOCKSHIM_QUIET" not in environ:
-        sys.stderr.write("flockshim: warning: in mode success, locks that fail are reported as taken: nothing is safe\n")
+        sys.stderr.write("flockshim: warning: in mode success locks that fail are reported as taken: nothing is safe\n")
     if printing:
         _print(_exports(environ))
         return 0

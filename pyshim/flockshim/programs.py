@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 
 from flockshim._native import ffi, lib
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from flockshim.locktable import Waiter
     from flockshim.loop import Loop
 
+SPARE = 3
 STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 
 
@@ -66,6 +68,9 @@ class Programs:
         self._body = self._packet.request
         self._open: set[int] = set()
         self.active = True
+        # Descriptors kept so that, when no other is left, programs can still unlock.
+        self._spare: list[int] = []
+        self._keep_spare()
         loop.watch(listener, self._accept)
 
     def __len__(self) -> int:
@@ -95,6 +100,9 @@ class Programs:
         lib.native_accept(self._listener, packet)
         descriptor = packet.connection
         if descriptor < 0:
+            if descriptor in (-errno.EMFILE, -errno.ENFILE) and self._spare:
+                self._use_spare()
+                self._accept()
             return
         self.active = True
         connection = Connection(descriptor, packet.pid)
@@ -103,7 +111,20 @@ class Programs:
         elif packet.status == lib.STATUS_NOTHING:
             self.hold(connection)
         else:
-            self._turn_away(connection)
+            self._turn_away(connection, packet.status)
+
+    def _keep_spare(self) -> bool:
+        try:
+            while len(self._spare) < SPARE:
+                self._spare.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            self._use_spare()
+        return bool(self._spare)
+
+    def _use_spare(self) -> None:
+        for descriptor in self._spare:
+            os.close(descriptor)
+        self._spare = []
 
     def _receive(self, connection: Connection) -> None:
         packet = self._packet
@@ -119,10 +140,13 @@ class Programs:
         elif status == lib.STATUS_CANCEL:
             connection.answer(errno.EINTR)
         else:
-            self._turn_away(connection)
+            self._turn_away(connection, packet.status)
 
     def _pass_on(self, connection: Connection) -> None:
         body = self._body
+        if not self._spare and not self._keep_spare() and not body.operation & fcntl.LOCK_UN:
+            self._turn_away(connection, lib.STATUS_FULL)
+            return
         connection.flags = body.flags
         self._request(
             connection,
@@ -133,14 +157,18 @@ class Programs:
             body.inode,
         )
 
-    def _turn_away(self, connection: Connection) -> None:
+    def _turn_away(self, connection: Connection, status: int) -> None:
         packet = self._packet
-        if packet.status == lib.STATUS_VERSION:
+        if status == lib.STATUS_VERSION:
             connection.refuse(
                 f"the keeper (pid {os.getpid()}) speaks version {lib.PROTOCOL_VERSION} of the protocol, this program "
                 f"{self._body.version}: two versions of flockshim are in use; end the keeper's programs first"
             )
-        elif packet.status == lib.STATUS_FULL:
+        elif status == lib.STATUS_FULL and self._spare and self._body.operation & fcntl.LOCK_UN:
+            # Without an answer the program asks again, and now there is room.
+            self._use_spare()
+            os.close(connection.descriptor)
+        elif status == lib.STATUS_FULL:
             connection.refuse("the keeper has no descriptor left; raise its limit (ulimit -Hn)")
         else:
             os.close(connection.descriptor)

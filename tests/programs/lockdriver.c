@@ -166,8 +166,7 @@ static long do_flock(struct request *rq) {
 static long do_probe(struct request *rq) {
     int fd = open(rq->arg[0], O_RDONLY);
     if (fd < 0)
-        _exit(94);
-    errno = ERRNO_BEFORE;
+        return -1;
     long value = flock(fd, (int)number(rq, 1) | LOCK_NB);
     int err = errno;
     flock(fd, LOCK_UN);
@@ -236,16 +235,12 @@ static long do_fork(struct request *rq) {
     return child;
 }
 
-static void drop_preload(void) {
-    unsetenv("LD_PRELOAD");
-}
-
 static long do_spawn(struct request *rq) {
     char control[16];
     snprintf(control, sizeof control, "%d", rq->control);
     char *words[] = {"lockdriver", control, NULL};
     if (number(rq, 0))
-        drop_preload();
+        unsetenv("LD_PRELOAD");
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_adddup2(&actions, rq->passed, rq->control);
@@ -262,7 +257,7 @@ static long do_exec(struct request *rq) {
     char control[16];
     snprintf(control, sizeof control, "%d", rq->control);
     if (number(rq, 0))
-        drop_preload();
+        unsetenv("LD_PRELOAD");
     execl("/proc/self/exe", "lockdriver", control, rq->token, (char *)NULL);
     return -1;
 }

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from support.driver import EX, NB, SH, UN, Call, Died, Driver, pass_descriptor
 from support.model import BLOCKED, Description, Model, Outcome, Process, Refused
-from support.proc import await_true
+from support.proc import ThreadState, await_true, thread_state
 from support.worlds import World
 
 FILES = 2
@@ -187,16 +187,28 @@ class Runner:
             assert self.world.free(path)
 
     def _observe(self, step: Step) -> Observed:
+        served = [self.calls[key] for key in step.expected.returned]
+        before = [thread_state(call.driver.pid, call.tid) for call in served]
         result = getattr(self, f"_{step.kind}")(step)
-        if step.expected.returned and step.kind != "lock":
-            # A close is seen by the keeper at the next request, or within a second: save that time.
-            for path in self.paths:
-                self.world.probe(path, EX)
+        if served:
+            self._require_promptness(step, served, before)
         returned = {key: self.calls.pop(key).result() for key in step.expected.returned}
         self.world.await_blocked(*self.calls.values())
         probes = tuple(self.world.probe(path, mode) for path in self.paths for mode in (SH, EX))
         self.world.await_blocked(*self.calls.values())
         return Observed(result, returned, probes)
+
+    def _require_promptness(self, step: Step, served: list[Call], before: list[ThreadState | None]) -> None:
+        """Who is served because of STEP has been woken when two later requests are answered."""
+        if step.kind in ("close", "exec"):
+            # No event tells the keeper of a close; the next request for the file, though, does.
+            for path in self.paths:
+                self.world.probe(path, EX)
+        self.world.round_trip()
+        self.world.round_trip()
+        after = [thread_state(call.driver.pid, call.tid) for call in served]
+        late = [call for call, old, new in zip(served, before, after) if old == new]
+        assert not late, f"still asleep: {late}"
 
     def _lock(self, step: Step) -> int:
         operation, call = divmod(step.other, 1000)
