@@ -118,11 +118,7 @@ class BuildNative(build_ext):
         """Return the file name of an extension: ours has no Python tag in it."""
         if fullname.endswith("libflockshim"):
             return os.path.join(*fullname.split(".")) + ".so"
-        return str(build_ext.get_ext_filename(self, fullname))
-
-    def get_export_symbols(self, ext: Any) -> list[str]:
-        """Return no symbol: export.map names what is exported."""
-        return []
+        return str(super().get_ext_filename(fullname))  # type: ignore[no-untyped-call]
 
     def build_extension(self, ext: Any) -> None:
         """Build the preload library by compiler and linker alone, without Python's own flags and libraries."""
