@@ -1,6 +1,6 @@
 /* Is an open file description still open anywhere but in the keeper? A lock lives exactly as long:
- * flock(2). kcmp(2) decides; where it is forbidden (seccomp filters of containers) two descriptors
- * with the same path are taken for one description, so that a lock may last longer but never less.
+ * flock(2). kcmp(2) decides; where it is forbidden (seccomp filters of containers) a flag of the
+ * description does. What cannot be seen counts as open: a lock may last longer but never less.
  */
 #include <errno.h>
 #include <fcntl.h>
@@ -17,6 +17,7 @@
 #define PATH_SIZE 4096
 /* The last real-time signal: a value of F_SETSIG that no program sets on a file. */
 #define SIGNAL_MARK 64
+#define FLAG_TURNS 6 /* even, so that the flag is as before in the end */
 
 struct search {
     int kept;
@@ -71,6 +72,15 @@ static int path_in(int directory, int number, char *path) {
     return read_link(directory, name, path);
 }
 
+/* The list of descriptors of a process may be readable though they themselves are not. */
+static int is_hidden(const struct search *search, pid_t pid, int directory, int number) {
+    char path[PATH_SIZE];
+
+    (void)search;
+    (void)pid;
+    return !path_in(directory, number, path) && (errno == EACCES || errno == EPERM);
+}
+
 static int path_of(pid_t pid, int number, char *path) {
     char name[64];
 
@@ -78,10 +88,50 @@ static int path_of(pid_t pid, int number, char *path) {
     return read_link(AT_FDCWD, name, path);
 }
 
-static int same_path(int kept, pid_t pid, int number) {
-    char one[PATH_SIZE], other[PATH_SIZE];
+/* 1 or 0: the flag that descriptor `number` of process `pid` has, proc(5) fdinfo; -1: not to be
+ * seen. */
+static int flag_in(pid_t pid, int number) {
+    char name[64];
+    long flags;
 
-    return path_of(getpid(), kept, one) && path_of(pid, number, other) && strcmp(one, other) == 0;
+    snprintf(name, sizeof name, "/proc/%d/fdinfo/%d", pid, number);
+    flags = file_field(name, "flags:", 8);
+    return flags < 0 ? -1 : (flags & O_NONBLOCK) != 0;
+}
+
+static int turn_flag(int kept) {
+    int flags = fcntl(kept, F_GETFL);
+
+    return flags < 0 ? -1 : fcntl(kept, F_SETFL, flags ^ O_NONBLOCK);
+}
+
+/* Without kcmp: a flag that files have and don't heed, O_NONBLOCK, is turned by our descriptor and
+ * back again; does it turn in the other? The program may set it at the same moment, so only a flag
+ * that has stayed through all the turns says no. */
+static int same_by_flag(int kept, pid_t pid, int number) {
+    int before = flag_in(pid, number);
+
+    for (int turns = 1; turns <= FLAG_TURNS; turns++) {
+        if (before < 0 || turn_flag(kept) < 0)
+            return 1;
+        if (flag_in(pid, number) == before)
+            continue;
+        if (turns % 2)
+            turn_flag(kept);
+        return 1;
+    }
+    return 0;
+}
+
+/* Spares most descriptors that look. A path that changes meanwhile or is too long for proc(5) says
+ * nothing. */
+static int may_have_path_of(int kept, pid_t pid, int number) {
+    char one[PATH_SIZE], other[PATH_SIZE], again[PATH_SIZE];
+
+    if (!path_of(pid, number, other))
+        return errno == ENAMETOOLONG;
+    return !path_of(getpid(), kept, one) || strcmp(one, other) == 0 ||
+           !path_of(getpid(), kept, again) || strcmp(one, again) != 0;
 }
 
 int native_is_open_at(int kept, int pid, int number) {
@@ -89,7 +139,8 @@ int native_is_open_at(int kept, int pid, int number) {
 
     if (order >= 0)
         return order == 0;
-    return (errno == EPERM || errno == EACCES || errno == ENOSYS) && same_path(kept, pid, number);
+    return (errno == EPERM || errno == EACCES || errno == ENOSYS) &&
+           may_have_path_of(kept, pid, number) && same_by_flag(kept, pid, number);
 }
 
 static int is_kept(const struct search *search, pid_t pid, int directory, int number) {
@@ -144,8 +195,10 @@ static int is_mapped(struct search *search, pid_t pid) {
  * privileges may not be looked into; the one that locked is then taken to hold on. */
 static int find_anyhow(struct search *search, pid_t pid) {
     int carried = descriptors_find(pid, is_carrying, search);
+    int is_known = pid == search->known_pid;
 
-    if (carried >= 0 || (carried == -EACCES && pid == search->known_pid) || is_mapped(search, pid))
+    if (carried >= 0 || (is_known && carried == -EACCES) || is_mapped(search, pid) ||
+        (is_known && descriptors_find(pid, is_hidden, search) >= 0))
         return found_at(search, pid, -1);
     return find_among_descriptors(search, pid);
 }

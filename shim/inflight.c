@@ -81,7 +81,7 @@ int socket_may_carry(pid_t pid, int number, int kept) {
     int process, socket, result;
 
     snprintf(name, sizeof name, "/proc/%d/fdinfo/%d", pid, number);
-    under_way = file_field(name, "scm_fds:");
+    under_way = file_field(name, "scm_fds:", 10);
     if (under_way <= 0)
         return 0;
     process = native_pidfd_open(pid);

@@ -90,14 +90,14 @@ int descriptors_find(pid_t pid, descriptor_test test, const struct search *searc
     return found;
 }
 
-long file_field(const char *file, const char *field) {
+long file_field(const char *file, const char *field, int base) {
     FILE *stream = fopen(file, "re");
     char line[256];
-    long value = 0;
+    long value = -1;
 
     while (stream && fgets(line, sizeof line, stream)) {
         if (strncmp(line, field, strlen(field)) == 0)
-            value = atol(line + strlen(field));
+            value = strtol(line + strlen(field), NULL, base);
     }
     if (stream)
         fclose(stream);

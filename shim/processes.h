@@ -17,8 +17,8 @@ int processes_find(process_test test, struct search *search);
 /* The first descriptor of pid of which test is true, -1 where there is none, or -EACCES. */
 int descriptors_find(pid_t pid, descriptor_test test, const struct search *search);
 
-/* The number behind field at the beginning of a line of file, or 0. */
-long file_field(const char *file, const char *field);
+/* The number, to this base, behind field at the beginning of a line; or -1. */
+long file_field(const char *file, const char *field, int base);
 
 /* Whether part stands in file, or path (if not empty) at the end of a line. */
 int file_mentions(const char *file, const char *part, const char *path);

@@ -138,6 +138,8 @@ class _Watcher:
 
     def read(self) -> Iterable[tuple[_LockFile | None, int]]:
         """Yield (file, event mask); file is None where events were lost."""
+        if self.descriptor < 0:
+            return
         try:
             data = os.read(self.descriptor, 65536)
         except BlockingIOError:
