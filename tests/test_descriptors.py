@@ -9,12 +9,12 @@ import pytest
 from support.driver import BUSY, EX, NB, OK, SH, UN, Driver
 from support.worlds import World
 
-CLOSINGS = ["close", "rawclose", "closerange", "fclose", "dup2", "exit", "kill", "exec"]
+CLOSINGS = ["close", "closerange", "fclose", "dup2", "exit", "kill", "exec"]
 
 
 def _close_by(means: str, world: World, driver: Driver, fd: int) -> None:
     """Give up FD, or all descriptors of DRIVER, by MEANS."""
-    if means in ("close", "rawclose", "fclose"):
+    if means in ("close", "fclose"):
         driver.ask(means, fd)
     elif means == "closerange":
         driver.ask("closerange", fd, 90)
@@ -237,3 +237,34 @@ def test_closing_the_descriptor_of_a_waiting_call(world: World) -> None:
     assert holder.flock(held_fd, UN) == OK
     assert waiting.result() == OK
     assert world.free(path)
+
+
+def test_closing_all_descriptors_while_a_call_waits(world: World) -> None:
+    """A daemon's start-up code does that, and knows nothing of a thread that waits for a lock."""
+    holder, held_fd = world.opened()
+    other, other_fd = world.opened()
+    assert holder.flock(held_fd, EX) == OK
+    waiting = other.flock_later(other_fd, EX)
+    world.await_blocked(waiting)
+    other.ask("closerange", 3, 90)
+    for _ in range(5):
+        other.open(world.file("another"))
+    world.await_blocked(waiting)
+    assert holder.flock(held_fd, UN) == OK
+    assert waiting.result() == OK
+    assert world.free(world.file())
+
+
+def test_forking_while_another_thread_waits(world: World) -> None:
+    """The child has the description, but not the call: it dies with the parent."""
+    path = world.file()
+    holder, held_fd = world.opened()
+    other, other_fd = world.opened()
+    assert holder.flock(held_fd, EX) == OK
+    world.await_blocked(other.flock_later(other_fd, EX))
+    child = other.fork()
+    other.kill()
+    assert holder.flock(held_fd, UN) == OK
+    assert world.free(path)
+    assert child.flock(other_fd, EX | NB) == OK
+    assert not world.free(path)

@@ -199,3 +199,17 @@ def test_somebody_who_connects_and_says_nothing(fresh_world: World, rendezvous: 
         assert fresh_world.probe(fresh_world.file(), SH) == BUSY
     assert driver.flock(fd, UN) == OK
     assert fresh_world.free(fresh_world.file())
+
+
+def test_the_keeper_outgrows_the_limits_of_the_program_that_started_it(
+    fresh_world: World,
+) -> None:
+    """A soft limit is the program's own; the keeper holds a descriptor for every lock of all."""
+    prefix = ["prlimit", "--nofile=128:4096"]
+    drivers = [fresh_world.fleet.start(None, *prefix) for _ in range(5)]
+    for number, driver in enumerate(drivers):
+        for index in range(40):
+            path = fresh_world.directory / f"file-{number}-{index}"
+            assert driver.flock(driver.open(path), EX) == OK
+    assert not fresh_world.free(fresh_world.directory / "file-0-0")
+    assert not fresh_world.free(fresh_world.directory / "file-4-39")

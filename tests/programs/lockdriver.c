@@ -78,10 +78,6 @@ static long do_close(struct request *rq) {
     return close((int)number(rq, 0));
 }
 
-static long do_rawclose(struct request *rq) {
-    return syscall(SYS_close, (int)number(rq, 0));
-}
-
 static long do_closerange(struct request *rq) {
     return syscall(SYS_close_range, (unsigned)number(rq, 0), (unsigned)number(rq, 1), 0);
 }
@@ -320,6 +316,10 @@ static long do_chdir(struct request *rq) {
     return chdir(rq->arg[0]);
 }
 
+static long do_prctl(struct request *rq) {
+    return prctl((int)number(rq, 0), number(rq, 1), 0L, 0L, 0L);
+}
+
 static long do_clearenv(struct request *rq) {
     (void)rq;
     return clearenv();
@@ -337,7 +337,7 @@ static const struct {
     const char *name;
     long (*run)(struct request *);
 } commands[] = {
-    COMMAND(open),       COMMAND(close),     COMMAND(rawclose),  COMMAND(closerange),
+    COMMAND(open),       COMMAND(close),     COMMAND(prctl),     COMMAND(closerange),
     COMMAND(fclose),     COMMAND(dup),       COMMAND(dup2),      COMMAND(pipe),
     COMMAND(adopt),      COMMAND(sendfd),    COMMAND(recvfd),    COMMAND(mmap),
     COMMAND(munmap),     COMMAND(flock),     COMMAND(probe),     COMMAND(vforkflock),
