@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "flockshim.libflockshim"
 
 SHIM_SOURCES = ["flock", "client", "start", "rendezvous", "report", "config", "text", "memory"]
-NATIVE_SOURCES = ["requests", "process", "descriptions", "inflight", "processes"]
+NATIVE_SOURCES = ["requests", "process", "descriptions", "search", "inflight", "processes"]
 
 STRICT = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 # No libc: one file for glibc of any age and for musl. The compiler must not call it behind our back either.
@@ -58,9 +58,13 @@ CDEF = """
         int status;
         struct protocol_request request;
     };
-    struct native_place {
+    struct native_suspect {
+        int kept;
+        uint64_t device, inode;
+        int known_pid;
         int pid;
         int number;
+        ...;
     };
     #define PROTOCOL_VERSION ...
     #define STATUS_LOCK ...
@@ -84,8 +88,7 @@ CDEF = """
     int native_is_open_in(int kept, int pid);
     void native_close(int descriptor);
     int native_is_open_at(int kept, int pid, int number);
-    int native_find_open(int kept, uint64_t device, uint64_t inode, int known_pid,
-                         struct native_place *place);
+    int native_find_open(struct native_suspect *suspects, int count);
     int native_clone_sharing_descriptors(void);
     int native_die_with_parent(int signal);
     int native_pidfd_open(int pid);

@@ -46,7 +46,7 @@ def _memory(world: World, scale: float) -> Iterable[Table]:
 
 def _dead(world: World, scale: float) -> Iterable[Table]:
     yield keeper_costs.dead_holder(world, int(20 * scale))
-    yield keeper_costs.many_lost(world, max(1, int(5 * scale)))
+    yield keeper_costs.many_lost(world, max(1, int(3 * scale)))
 
 
 def _launcher(world: World, scale: float) -> Iterable[Table]:

@@ -79,12 +79,11 @@ class World:
 
     def end_keepers(self, rendezvous: Path) -> None:
         """End the keepers of a rendezvous directory, and remove it."""
-        # The standby first: it would make another keeper.
-        for pid in sorted(keepers(rendezvous)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGSTOP)
-        for pid in keepers(rendezvous):
-            os.kill(pid, signal.SIGKILL)
+        # Stopped first: a worker and its standby make one another again.
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in keepers(rendezvous):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         shutil.rmtree(rendezvous, ignore_errors=True)
 
 

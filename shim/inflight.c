@@ -75,18 +75,19 @@ static int carries(int socket, int kept, long under_way) {
     return found || count < under_way;
 }
 
-int socket_may_carry(pid_t pid, int number, int kept) {
+long socket_under_way(pid_t pid, int number) {
     char name[64];
-    long under_way;
-    int process, socket, result;
 
     snprintf(name, sizeof name, "/proc/%d/fdinfo/%d", pid, number);
-    under_way = file_field(name, "scm_fds:", 10);
-    if (under_way <= 0)
-        return 0;
-    process = native_pidfd_open(pid);
-    socket = process < 0 ? -1 : (int)syscall(SYS_pidfd_getfd, process, number, 0);
-    result = socket < 0 || carries(socket, kept, under_way);
+    return file_field(name, "scm_fds:", 10);
+}
+
+int socket_may_carry(pid_t pid, int number, int kept, long under_way) {
+    int process = native_pidfd_open(pid);
+    int socket = process < 0 ? process : (int)syscall(SYS_pidfd_getfd, process, number, 0);
+    int gone = socket < 0 && (socket == -ESRCH || errno == ESRCH || errno == EBADF);
+    int result = socket < 0 ? !gone : carries(socket, kept, under_way);
+
     if (socket >= 0)
         close(socket);
     if (process >= 0)

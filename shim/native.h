@@ -49,18 +49,24 @@ int native_is_open_in(int kept, int pid);
 /* close(2), for descriptors in the hot path. */
 void native_close(int descriptor);
 
-struct native_place {
-    int pid;
-    int number; /* -1: mapped, in flight, or in a process that may not be looked into */
+/* A description of which it is asked whether a process has it open. */
+struct native_suspect {
+    int kept; /* the keeper's duplicate */
+    uint64_t device, inode;
+    int known_pid; /* where it was last seen */
+    int pid;       /* in: 0; out: where it was found, or 0 */
+    int number;    /* -1: mapped, in flight, or in a process that may not be looked into */
+    char mapping[64];
+    char path[4096];
 };
 
-/* Looks for the description `kept` (of device:inode) in all other processes. 1 and *place, or 0. */
-int native_find_open(int kept, uint64_t device, uint64_t inode, int known_pid,
-                     struct native_place *place);
+/* Looks for all suspects in all other processes: search.c. How many were not found, or -ENOMEM. */
+int native_find_open(struct native_suspect *suspects, int count);
 
-/* Whether `kept` may be on its way to the socket that is descriptor `number` of `pid`: inflight.c.
- */
-int socket_may_carry(pid_t pid, int number, int kept);
+/* How many descriptions are on their way to the socket that is descriptor `number` of `pid`, and
+ * whether `kept` may be one of them: inflight.c. */
+long socket_under_way(pid_t pid, int number);
+int socket_may_carry(pid_t pid, int number, int kept, long under_way);
 
 /* clone(2) with CLONE_FILES: a second process on this descriptor table. As fork(2), or -errno. */
 int native_clone_sharing_descriptors(void);

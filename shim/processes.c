@@ -30,6 +30,11 @@ static pid_t number_of(const struct dirent *entry) {
     return isdigit((unsigned char)*entry->d_name) ? atoi(entry->d_name) : -1;
 }
 
+/* Kernel threads share one table and no memory with one another: to look at one is enough. */
+static int is_like(pid_t last, pid_t pid) {
+    return last && same_table(last, pid) == 1 && syscall(SYS_kcmp, last, pid, KCMP_VM, 0, 0) == 0;
+}
+
 /* Threads share the table of their process, as a rule; unshare(CLONE_FILES) makes an exception, and
  * the main thread may have ended while others go on (its table then shows empty). */
 static int threads_find(pid_t pid, process_test test, struct search *search) {
@@ -56,6 +61,7 @@ static int threads_find(pid_t pid, process_test test, struct search *search) {
 int processes_find(process_test test, struct search *search) {
     DIR *processes = opendir("/proc");
     struct dirent *entry;
+    pid_t last = 0;
     int found = 0;
 
     if (!processes)
@@ -63,14 +69,16 @@ int processes_find(process_test test, struct search *search) {
     while (!found && (entry = readdir(processes))) {
         pid_t pid = number_of(entry);
 
-        if (pid > 0 && !is_keeper(pid))
+        if (pid > 0 && !is_keeper(pid) && !is_like(last, pid)) {
             found = test(search, pid) || threads_find(pid, test, search);
+            last = pid;
+        }
     }
     closedir(processes);
     return found;
 }
 
-int descriptors_find(pid_t pid, descriptor_test test, const struct search *search) {
+int descriptors_find(pid_t pid, descriptor_test test, struct search *search) {
     char name[64];
     struct dirent *entry;
     DIR *descriptors;
@@ -104,37 +112,43 @@ long file_field(const char *file, const char *field, int base) {
     return value;
 }
 
-static int has_line_ending(const char *text, size_t size, const char *path) {
-    size_t length = strlen(path);
-    const char *end = text + size;
+int mapped_text_read(struct mapped_text *maps, const char *file) {
+    size_t room = 65536;
+    ssize_t got;
+    int descriptor = open(file, O_RDONLY | O_CLOEXEC);
 
-    while (length && (text = memmem(text, (size_t)(end - text), path, length))) {
-        if (text + length == end || text[length] == '\n')
+    *maps = (struct mapped_text){.text = descriptor < 0 ? NULL : malloc(room)};
+    while (maps->text && (got = read(descriptor, maps->text + maps->size, room - maps->size)) > 0) {
+        maps->size += (size_t)got;
+        if (room - maps->size < 4096) {
+            char *larger = realloc(maps->text, room *= 2);
+
+            if (!larger)
+                mapped_text_free(maps);
+            maps->text = larger;
+        }
+    }
+    if (descriptor >= 0)
+        close(descriptor);
+    return maps->text != NULL;
+}
+
+void mapped_text_free(struct mapped_text *maps) {
+    free(maps->text);
+}
+
+static int has_line_ending(const struct mapped_text *maps, const char *path) {
+    const char *at = maps->text, *end = maps->text + maps->size;
+    size_t length = strlen(path);
+
+    while (length && (at = memmem(at, (size_t)(end - at), path, length))) {
+        if (at + length == end || at[length] == '\n')
             return 1;
-        text++;
+        at++;
     }
     return 0;
 }
 
-/* Whole lines are looked at; what has been read of the last one is carried over to the next read.
- */
-int file_mentions(const char *file, const char *part, const char *path) {
-    char buffer[65536];
-    size_t kept = 0;
-    ssize_t got;
-    int found = 0;
-    int descriptor = open(file, O_RDONLY | O_CLOEXEC);
-
-    while (descriptor >= 0 && !found &&
-           (got = read(descriptor, buffer + kept, sizeof buffer - kept)) > 0) {
-        size_t size = kept + (size_t)got;
-        char *last = memrchr(buffer, '\n', size);
-
-        found = memmem(buffer, size, part, strlen(part)) || has_line_ending(buffer, size, path);
-        kept = last ? (size_t)(buffer + size - last - 1) : 0;
-        memmove(buffer, buffer + size - kept, kept);
-    }
-    if (descriptor >= 0)
-        close(descriptor);
-    return found;
+int mapped_text_mentions(const struct mapped_text *maps, const char *part, const char *path) {
+    return memmem(maps->text, maps->size, part, strlen(part)) || has_line_ending(maps, path);
 }

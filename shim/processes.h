@@ -9,18 +9,26 @@ struct search;
 
 /* Both return nonzero when found; directory is an open /proc/PID/fd. */
 typedef int (*process_test)(struct search *search, pid_t pid);
-typedef int (*descriptor_test)(const struct search *search, pid_t pid, int directory, int number);
+typedef int (*descriptor_test)(struct search *search, pid_t pid, int directory, int number);
 
 /* 1 as soon as test is true of a process (or thread) that does not share our descriptor table. */
 int processes_find(process_test test, struct search *search);
 
 /* The first descriptor of pid of which test is true, -1 where there is none, or -EACCES. */
-int descriptors_find(pid_t pid, descriptor_test test, const struct search *search);
+int descriptors_find(pid_t pid, descriptor_test test, struct search *search);
 
 /* The number, to this base, behind field at the beginning of a line; or -1. */
 long file_field(const char *file, const char *field, int base);
 
-/* Whether part stands in file, or path (if not empty) at the end of a line. */
-int file_mentions(const char *file, const char *part, const char *path);
+/* /proc/PID/maps, whole. */
+struct mapped_text {
+    char *text;
+    size_t size;
+};
+
+int mapped_text_read(struct mapped_text *maps, const char *file);
+void mapped_text_free(struct mapped_text *maps);
+/* Whether part stands in it, or path (if not empty) at the end of a line. */
+int mapped_text_mentions(const struct mapped_text *maps, const char *part, const char *path);
 
 #endif

@@ -13,6 +13,7 @@ from conftest import emulated_world, shim_environment
 from support.driver import BUSY, EX, NB, OK, SH, UN, Driver, Fleet
 from support.keepers import end_keepers, keeper_processes
 from support.proc import snapshot
+from support.programs import program
 
 from flockshim.pytest_plugin import require
 
@@ -227,6 +228,43 @@ def test_what_was_wrong_can_be_put_right(attempt: Begin, rendezvous: Path) -> No
     directory.parent.mkdir(mode=0o700)
     each.fleet.forget_errors()
     each.works()
+
+
+# Both are hidden in a mount namespace; what the test itself needs of /tmp is then found in /mnt.
+WITHOUT_SHARED_MEMORY = """
+mount --rbind /tmp /mnt && mount -t tmpfs none /tmp && mount -t tmpfs -o ro none /dev/shm &&
+exec "$@"
+"""
+
+
+def test_there_is_no_dev_shm(files: Path) -> None:
+    """Then the default directory is in /tmp."""
+    require(os.geteuid() == 0, "only root can mount", "run the tests as root")
+    environment = shim_environment(Path("/"))
+    del environment["FLOCKSHIM_DIR"]
+    fleet = Fleet(environment)
+    command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
+    try:
+        driver = fleet.start(
+            None,
+            *command,
+            *("sh", "-c", WITHOUT_SHARED_MEMORY, "sh"),
+            executable=_moved(program("lockdriver")),
+        )
+        path = _moved(files / "file")
+        fd = driver.open(path)
+        assert driver.flock(fd, EX) == OK
+        assert driver.probe(path, SH) == BUSY
+        assert fleet.errors() == ""
+        directory = Path(f"/proc/{driver.pid}/root/tmp/flockshim-{os.geteuid()}")
+        assert [entry for entry in directory.iterdir() if entry.is_socket()]
+        assert directory.stat().st_mode & 0o777 == 0o700
+    finally:
+        fleet.end()
+
+
+def _moved(path: Path) -> Path:
+    return Path("/mnt", path.relative_to("/tmp")) if Path("/tmp") in path.parents else path
 
 
 def _nothing_but_logs(rendezvous: Path) -> None:

@@ -268,3 +268,18 @@ def test_forking_while_another_thread_waits(world: World) -> None:
     assert world.free(path)
     assert child.flock(other_fd, EX | NB) == OK
     assert not world.free(path)
+
+
+def test_a_call_that_ends_by_exec_is_not_served_later(world: World) -> None:
+    """Though a child, forked while it waited, may have inherited whatever it waited with."""
+    path = world.file()
+    holder, held_fd = world.opened()
+    other, other_fd = world.opened()
+    assert holder.flock(held_fd, SH) == OK
+    world.await_blocked(other.flock_later(other_fd, EX))
+    child = other.fork()
+    other.exec()
+    assert holder.flock(held_fd, UN) == OK
+    assert world.free(path)
+    assert child.flock(other_fd, SH) == OK
+    assert world.probe(path, SH) == OK

@@ -162,3 +162,28 @@ def test_a_signal_and_the_grant_cross(world: World) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     words = done.stdout.split()
     assert int(words[1]) + int(words[3]) == 2000
+
+
+def test_a_handler_that_jumps_out_of_the_call(world: World) -> None:
+    """siglongjmp(3), the old way to limit the time: the call is over, so nothing may be granted."""
+    path = world.file()
+    holder, held_fd = world.opened()
+    assert holder.flock(held_fd, EX) == OK
+    with subprocess.Popen(
+        [program("longjump"), path],
+        env=world.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        world.await_process_blocked(process.pid)
+        process.send_signal(signal.SIGALRM)
+        assert process.stdout.readline() == b"jumped\n"
+        assert holder.flock(held_fd, UN) == OK
+        assert world.free(path)
+        process.stdin.write(b"\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"0\n"
+        assert not world.free(path)
+        process.stdin.close()
+    assert world.free(path)

@@ -8,7 +8,7 @@ from flockshim._native import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from flockshim.host import Key
 
@@ -26,15 +26,30 @@ class Description:
         self.number = number
         self.waits = 0
 
-    def is_open(self) -> bool:
-        """Return whether any process but the keeper still has it open, and note where."""
-        if lib.native_is_open_at(self.descriptor, self.pid, self.number):
-            return True
-        place = ffi.new("struct native_place *")
-        if not lib.native_find_open(self.descriptor, *self.key, self.pid, place):
-            return False
-        self.pid, self.number = place.pid, place.number
-        return True
+    def is_where_it_was(self) -> bool:
+        """Return whether it is still open where it was last seen."""
+        return bool(lib.native_is_open_at(self.descriptor, self.pid, self.number))
+
+
+def closed(descriptions: Iterable[Description]) -> list[Description]:
+    """Return those that no process but the keeper has open any more, and note where the others are.
+
+    To prove that one is open nowhere all processes of the host must be looked at, so ask for many at once.
+    """
+    moved = [description for description in descriptions if not description.is_where_it_was()]
+    if not moved:
+        return []
+    suspects = ffi.new("struct native_suspect[]", len(moved))
+    for description, suspect in zip(moved, suspects):
+        suspect.kept = description.descriptor
+        suspect.device, suspect.inode = description.key
+        suspect.known_pid = description.pid
+    if lib.native_find_open(suspects, len(moved)) < 0:
+        return []
+    for description, suspect in zip(moved, suspects):
+        if suspect.pid:
+            description.pid, description.number = suspect.pid, suspect.number
+    return [description for description, suspect in zip(moved, suspects) if not suspect.pid]
 
 
 class Descriptions:

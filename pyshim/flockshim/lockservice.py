@@ -7,7 +7,7 @@ import fcntl
 import time
 
 from flockshim._native import lib
-from flockshim.descriptions import Description, Descriptions, Processes
+from flockshim.descriptions import Description, Descriptions, Processes, closed
 from flockshim.host import Host, Key
 from flockshim.locktable import GRANTED, REFUSED, FileLock
 from flockshim.loop import TICK_SECONDS
@@ -120,7 +120,7 @@ class LockService:
         self, connection: Connection, file: _File, description: Description, exclusive: bool, blocking: bool
     ) -> None:
         if file.lock.conflicts(description, exclusive):
-            self._check_holders(file, description)
+            self._check_holders([holder for holder in file.lock.holders if holder is not description])
         outcome = file.lock.request(description, exclusive, blocking, connection)
         if outcome == GRANTED:
             self.processes.add(connection.pid, description)
@@ -183,16 +183,24 @@ class LockService:
             self.processes.discard(description.pid, description)
             file.descriptions.remove(description)
 
-    def _check_holders(self, file: _File, asking: Description | None) -> None:
-        """Release the locks whose description is no longer open anywhere."""
-        for description in [d for d in file.lock.holders if d is not asking]:
-            pid = description.pid
-            if not description.is_open():
-                file.lock.release(description)
-                self._release_if_unused(file, description)
-            elif description.pid != pid:
+    def _holds(self, description: Description) -> bool:
+        file = self.files.get(description.key)
+        return file is not None and description in file.lock.holders
+
+    def _check_holders(self, holders: list[Description]) -> list[_File]:
+        """Release the locks whose description is no longer open anywhere. Returns the files that they were on."""
+        places = [description.pid for description in holders]
+        released = []
+        for description in closed(holders):
+            file = self.files[description.key]
+            file.lock.release(description)
+            self._release_if_unused(file, description)
+            released.append(file)
+        for description, pid in zip(holders, places):
+            if description.pid != pid:
                 self.processes.discard(pid, description)
                 self.processes.add(description.pid, description)
+        return released
 
     def _settle(self, file: _File, insist: bool = False) -> None:
         """Serve those who wait, and hold the host's lock for this file exactly as long as it is needed."""
@@ -233,23 +241,21 @@ class LockService:
 
     def processes_ended(self) -> None:
         """Release and withdraw what processes have left that have ended."""
-        while self.processes.ended:
-            interest: Any = self.processes.ended.pop()
-            if isinstance(interest, Connection):
-                if self.programs.is_held(interest):
-                    self.programs.forget(interest)
-                    self.withdraw(interest)
-                    lib.native_close(interest.descriptor)
-                continue
-            file = self.files.get(interest.key)
-            if file and interest in file.lock.holders:
-                self._check_holders(file, None)
-                self._settle(file)
+        ended: list[Any] = list(self.processes.ended)
+        self.processes.ended.clear()
+        for interest in ended:
+            if isinstance(interest, Connection) and self.programs.is_held(interest):
+                self.programs.forget(interest)
+                self.withdraw(interest)
+                lib.native_close(interest.descriptor)
+        orphans = [i for i in ended if isinstance(i, Description) and self._holds(i)]
+        for file in self._check_holders(orphans):
+            self._settle(file)
 
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptions closed without unlocking."""
+        self._check_holders([holder for file in self.files.values() for holder in file.lock.holders])
         for file in list(self.files.values()):
-            self._check_holders(file, None)
             self._settle(file, insist=True)
             self._decide(file, now)
         if self._host.fileno() < 0:
@@ -270,7 +276,7 @@ class LockService:
             key = host.knocked.pop()
             file = self.files.get(key)
             if file:
-                self._check_holders(file, None)
+                self._check_holders(list(file.lock.holders))
                 self._settle(file)
             host.acknowledge(key)
         while host.freed:
