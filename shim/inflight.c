@@ -64,7 +64,7 @@ static int peek(int socket, int kept, int *found) {
     return count;
 }
 
-static int carries(int socket, int kept, long under_way) {
+static int carries(int socket, int kept, pid_t pid, int number) {
     int found = 0;
     int count = peek(socket, kept, &found);
 
@@ -72,7 +72,7 @@ static int carries(int socket, int kept, long under_way) {
         return 0;
     if (count < 0)
         return !is_keepers_listener(socket);
-    return found || count < under_way;
+    return found || count < socket_under_way(pid, number);
 }
 
 long socket_under_way(pid_t pid, int number) {
@@ -82,11 +82,11 @@ long socket_under_way(pid_t pid, int number) {
     return file_field(name, "scm_fds:", 10);
 }
 
-int socket_may_carry(pid_t pid, int number, int kept, long under_way) {
+int socket_may_carry(pid_t pid, int number, int kept) {
     int process = native_pidfd_open(pid);
     int socket = process < 0 ? process : (int)syscall(SYS_pidfd_getfd, process, number, 0);
     int gone = socket < 0 && (socket == -ESRCH || errno == ESRCH || errno == EBADF);
-    int result = socket < 0 ? !gone : carries(socket, kept, under_way);
+    int result = socket < 0 ? !gone : carries(socket, kept, pid, number);
 
     if (socket >= 0)
         close(socket);

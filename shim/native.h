@@ -60,13 +60,14 @@ struct native_suspect {
     char path[4096];
 };
 
-/* Looks for all suspects in all other processes: search.c. How many were not found, or -ENOMEM. */
+/* Looks for all suspects in all other processes: search.c. How many were not found, or -errno where
+ * that cannot be told: all of them must then be taken for open. */
 int native_find_open(struct native_suspect *suspects, int count);
 
 /* How many descriptions are on their way to the socket that is descriptor `number` of `pid`, and
  * whether `kept` may be one of them: inflight.c. */
 long socket_under_way(pid_t pid, int number);
-int socket_may_carry(pid_t pid, int number, int kept, long under_way);
+int socket_may_carry(pid_t pid, int number, int kept);
 
 /* clone(2) with CLONE_FILES: a second process on this descriptor table. As fork(2), or -errno. */
 int native_clone_sharing_descriptors(void);

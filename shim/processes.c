@@ -5,12 +5,16 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kcmp.h>
+#include <poll.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "native.h"
 
 /* 1, 0, or -1 where kcmp(2) is forbidden. */
 static int same_table(pid_t one, pid_t other) {
@@ -30,9 +34,15 @@ static pid_t number_of(const struct dirent *entry) {
     return isdigit((unsigned char)*entry->d_name) ? atoi(entry->d_name) : -1;
 }
 
-/* Kernel threads share one table and no memory with one another: to look at one is enough. */
+/* Kernel threads share one table and no memory with one another, and so do main threads that have
+ * ended: to look at one is enough. */
 static int is_like(pid_t last, pid_t pid) {
     return last && same_table(last, pid) == 1 && syscall(SYS_kcmp, last, pid, KCMP_VM, 0, 0) == 0;
+}
+
+/* What was not looked at for want of descriptors or memory is not known to be closed. */
+static int failure(void) {
+    return errno == EMFILE || errno == ENFILE || errno == ENOMEM ? -errno : -1;
 }
 
 /* Threads share the table of their process, as a rule; unshare(CLONE_FILES) makes an exception, and
@@ -46,8 +56,11 @@ static int threads_find(pid_t pid, process_test test, struct search *search) {
 
     snprintf(name, sizeof name, "/proc/%d/task", pid);
     /* The directory's link count is the number of threads and 2: no need to list a single one. */
-    if (stat(name, &status) < 0 || status.st_nlink == 3 || !(tasks = opendir(name)))
+    if (stat(name, &status) < 0 || status.st_nlink == 3)
         return 0;
+    tasks = opendir(name);
+    if (!tasks)
+        return failure() == -1 ? 0 : failure();
     while (!found && (entry = readdir(tasks))) {
         pid_t thread = number_of(entry);
 
@@ -65,14 +78,17 @@ int processes_find(process_test test, struct search *search) {
     int found = 0;
 
     if (!processes)
-        return 0;
+        return -errno;
     while (!found && (entry = readdir(processes))) {
         pid_t pid = number_of(entry);
 
-        if (pid > 0 && !is_keeper(pid) && !is_like(last, pid)) {
-            found = test(search, pid) || threads_find(pid, test, search);
-            last = pid;
-        }
+        if (pid <= 0 || is_keeper(pid))
+            continue;
+        if (!is_like(last, pid))
+            found = test(search, pid);
+        if (!found)
+            found = threads_find(pid, test, search);
+        last = pid;
     }
     closedir(processes);
     return found;
@@ -87,7 +103,7 @@ int descriptors_find(pid_t pid, descriptor_test test, struct search *search) {
     snprintf(name, sizeof name, "/proc/%d/fd", pid);
     descriptors = opendir(name);
     if (!descriptors)
-        return errno == EACCES || errno == EPERM ? -EACCES : -1;
+        return failure();
     while (found < 0 && (entry = readdir(descriptors))) {
         int number = number_of(entry);
 
@@ -151,4 +167,47 @@ static int has_line_ending(const struct mapped_text *maps, const char *path) {
 
 int mapped_text_mentions(const struct mapped_text *maps, const char *part, const char *path) {
     return memmem(maps->text, maps->size, part, strlen(part)) || has_line_ending(maps, path);
+}
+
+/* One that nobody has waited for yet is still there, but has closed everything; one of which only
+ * the main thread has ended has not. pidfd_open(2) came with Linux 5.3. */
+static int has_ended(pid_t pid) {
+    struct pollfd process = {.fd = native_pidfd_open(pid), .events = POLLIN};
+    struct mapped_text status;
+    char name[64];
+    int ended;
+
+    if (process.fd >= 0) {
+        ended = poll(&process, 1, 0) == 1;
+        close(process.fd);
+        return ended;
+    }
+    if (kill(pid, 0) < 0 && errno == ESRCH)
+        return 1;
+    snprintf(name, sizeof name, "/proc/%d/status", pid);
+    if (!mapped_text_read(&status, name))
+        return 0;
+    ended = mapped_text_mentions(&status, "\nState:\tZ", "") &&
+            mapped_text_mentions(&status, "\nThreads:\t1\n", "");
+    mapped_text_free(&status);
+    return ended;
+}
+
+/* What may not be looked into is not even listed where /proc is mounted with hidepid, proc(5).
+ * Links tell: a list of descriptors may be readable though they themselves are not. */
+int process_is_hidden(pid_t pid) {
+    char name[64], byte;
+    struct dirent *entry;
+    DIR *tasks;
+    int readable = 0;
+
+    snprintf(name, sizeof name, "/proc/%d/task", pid);
+    tasks = opendir(name);
+    while (tasks && !readable && (entry = readdir(tasks))) {
+        snprintf(name, sizeof name, "%d/cwd", number_of(entry));
+        readable = readlinkat(dirfd(tasks), name, &byte, 1) >= 0;
+    }
+    if (tasks)
+        closedir(tasks);
+    return !readable && pid > 0 && !has_ended(pid);
 }

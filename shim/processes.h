@@ -11,11 +11,15 @@ struct search;
 typedef int (*process_test)(struct search *search, pid_t pid);
 typedef int (*descriptor_test)(struct search *search, pid_t pid, int directory, int number);
 
-/* 1 as soon as test is true of a process (or thread) that does not share our descriptor table. */
+/* Nonzero as soon as test is so of a process (or thread) that does not share our descriptor table;
+ * -errno (other than -1) where we have not the means to look. */
 int processes_find(process_test test, struct search *search);
 
-/* The first descriptor of pid of which test is true, -1 where there is none, or -EACCES. */
+/* The first descriptor of pid of which test is true, -1 where there is none, or as above. */
 int descriptors_find(pid_t pid, descriptor_test test, struct search *search);
+
+/* Whether pid is alive and nothing of it may be looked at. */
+int process_is_hidden(pid_t pid);
 
 /* The number, to this base, behind field at the beginning of a line; or -1. */
 long file_field(const char *file, const char *field, int base);

@@ -42,6 +42,7 @@ struct protocol_answer {
     char text[PROTOCOL_TEXT];
 };
 
+#define PROTOCOL_REQUEST_HEAD 8
 #define PROTOCOL_ANSWER_HEAD 12
 
 #endif

@@ -22,13 +22,19 @@ static uint64_t hash(uint64_t sum, const void *bytes, long size) {
 }
 
 /* /proc/self describes the main thread, which may have ended; thread-self came with Linux 3.17. */
-static uint64_t hash_namespace(uint64_t sum) {
+static uint64_t hash_file_number(uint64_t sum, const char *path, const char *instead) {
     struct stat status;
 
-    if (sys4(SYS_newfstatat, AT_FDCWD, "/proc/thread-self/ns/pid", &status, 0) < 0 &&
-        sys4(SYS_newfstatat, AT_FDCWD, "/proc/self/ns/pid", &status, 0) < 0)
+    if (sys4(SYS_newfstatat, AT_FDCWD, path, &status, 0) < 0 &&
+        sys4(SYS_newfstatat, AT_FDCWD, instead, &status, 0) < 0)
         return sum;
     return hash(sum, &status.st_ino, sizeof status.st_ino);
+}
+
+/* Control groups have the same names in every control group namespace (Linux 4.6). */
+static uint64_t hash_namespaces(uint64_t sum) {
+    sum = hash_file_number(sum, "/proc/thread-self/ns/pid", "/proc/self/ns/pid");
+    return hash_file_number(sum, "/proc/thread-self/ns/cgroup", "/proc/self/ns/cgroup");
 }
 
 static uint64_t hash_control_group(uint64_t sum) {
@@ -78,7 +84,7 @@ static uint64_t find_key(void) {
     if (stamp && __atomic_load_n(&last.stamp, __ATOMIC_ACQUIRE) == stamp &&
         __atomic_load_n(&last.key, __ATOMIC_ACQUIRE) == key)
         return key;
-    key = hash_control_group(hash_namespace(FNV_OFFSET));
+    key = hash_control_group(hash_namespaces(FNV_OFFSET));
     __atomic_store_n(&last.stamp, 0, __ATOMIC_SEQ_CST);
     __atomic_store_n(&last.key, key, __ATOMIC_SEQ_CST);
     __atomic_store_n(&last.stamp, stamp, __ATOMIC_SEQ_CST);

@@ -18,10 +18,12 @@ static void take_descriptor(struct msghdr *message, struct native_packet *packet
 static int status_of(const struct native_packet *packet, ssize_t got) {
     if (got < 0)
         return errno == EAGAIN ? STATUS_NOTHING : STATUS_ENDED;
-    if (got != sizeof packet->request || packet->request.magic != PROTOCOL_MAGIC)
+    if (got < PROTOCOL_REQUEST_HEAD || packet->request.magic != PROTOCOL_MAGIC)
         return STATUS_ENDED;
     if (packet->request.version != PROTOCOL_VERSION)
         return STATUS_VERSION;
+    if (got != sizeof packet->request)
+        return STATUS_ENDED;
     if (packet->request.kind == KIND_CANCEL)
         return STATUS_CANCEL;
     return packet->descriptor < 0 ? STATUS_FULL : STATUS_LOCK;

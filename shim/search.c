@@ -86,50 +86,24 @@ static int look_at_descriptor(struct search *search, pid_t pid, int directory, i
 }
 
 static int look_at_descriptors(struct search *search, pid_t pid) {
-    descriptors_find(pid, look_at_descriptor, search);
-    return !search->missing;
+    int result = descriptors_find(pid, look_at_descriptor, search);
+
+    return result < -1 ? result : !search->missing;
 }
 
 static int look_at_socket(struct search *search, pid_t pid, int directory, int number) {
     char path[PATH_SIZE];
-    long under_way;
 
-    if (!read_link(directory, number, path) || strncmp(path, "socket:[", 8) != 0)
+    if (!read_link(directory, number, path) || strncmp(path, "socket:[", 8) != 0 ||
+        socket_under_way(pid, number) <= 0)
         return 0;
-    under_way = socket_under_way(pid, number);
-    for (int i = 0; under_way > 0 && i < search->count; i++) {
-        struct native_suspect *suspect = search->suspects[i];
-
-        if (!suspect->pid && socket_may_carry(pid, number, suspect->kept, under_way))
-            found_at(search, suspect, pid, -1);
-    }
-    return !search->missing;
-}
-
-/* The list of descriptors of a process may be readable though they themselves are not. */
-static int is_hidden(struct search *search, pid_t pid, int directory, int number) {
-    char path[PATH_SIZE];
-
-    (void)search;
-    (void)pid;
-    return !read_link(directory, number, path) && (errno == EACCES || errno == EPERM);
-}
-
-/* A process that has changed its privileges may not be looked into; the one that locked is then
- * taken to hold on. */
-static void trust_if_hidden(struct search *search, pid_t pid) {
-    int hidden = -1;
-
     for (int i = 0; i < search->count; i++) {
         struct native_suspect *suspect = search->suspects[i];
 
-        if (suspect->pid || suspect->known_pid != pid)
-            continue;
-        if (hidden < 0)
-            hidden = descriptors_find(pid, is_hidden, search) != -1;
-        if (hidden)
+        if (!suspect->pid && socket_may_carry(pid, number, suspect->kept))
             found_at(search, suspect, pid, -1);
     }
+    return !search->missing;
 }
 
 static int has_path(struct search *search, pid_t pid, int directory, int number) {
@@ -165,7 +139,6 @@ static void look_at_mappings(struct search *search, pid_t pid) {
 static int look_everywhere(struct search *search, pid_t pid) {
     descriptors_find(pid, look_at_socket, search);
     look_at_mappings(search, pid);
-    trust_if_hidden(search, pid);
     return look_at_descriptors(search, pid);
 }
 
@@ -180,10 +153,22 @@ static void describe(struct native_suspect *suspect) {
              minor(suspect->device), (unsigned long)suspect->inode);
 }
 
+/* A process that has changed its privileges may not be looked into; the one that locked is then
+ * taken to hold on. */
+static void trust_hidden(struct search *search) {
+    for (int i = 0; i < search->count; i++) {
+        struct native_suspect *suspect = search->suspects[i];
+
+        if (!suspect->pid && process_is_hidden(suspect->known_pid))
+            found_at(search, suspect, suspect->known_pid, -1);
+    }
+}
+
 /* Twice: a description may move while we look, by a socket or to a forked child, into a process
  * that had been looked at before. */
 int native_find_open(struct native_suspect *suspects, int count) {
     struct search search = {.count = count, .missing = count, .self = getpid()};
+    int found;
 
     search.suspects = malloc((size_t)count * sizeof *search.suspects);
     if (!search.suspects)
@@ -193,10 +178,13 @@ int native_find_open(struct native_suspect *suspects, int count) {
         describe(&suspects[i]);
     }
     qsort(search.suspects, (size_t)count, sizeof *search.suspects, by_order);
-    if (!processes_find(look_at_descriptors, &search))
-        processes_find(look_everywhere, &search);
+    found = processes_find(look_at_descriptors, &search);
+    if (!found)
+        found = processes_find(look_everywhere, &search);
+    if (!found)
+        trust_hidden(&search);
     free(search.suspects);
-    return search.missing;
+    return found < 0 ? found : search.missing;
 }
 
 static int look_for_one(struct search *search, pid_t pid, int directory, int number) {

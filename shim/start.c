@@ -186,12 +186,28 @@ static void become_keeper(void *argument) {
          "from an installation that is there");
 }
 
+/* The keeper finds out by /proc which processes have a lock's description open. */
+static void check_proc(struct start *start) {
+    char link[24], digits[24];
+    struct text number = text_over(digits, sizeof digits);
+    long length = sys4(SYS_readlinkat, AT_FDCWD, "/proc/self", link, sizeof link - 1);
+
+    if (length < 0)
+        fail(start, "the keeper cannot be started: /proc is not mounted");
+    link[length] = 0;
+    text_add_number(&number, sys0(SYS_getpid));
+    if (!text_equal(link, digits))
+        fail(start,
+             "the keeper cannot be started: /proc is that of another pid namespace; mount it anew");
+}
+
 static void start_in_child(void *argument) {
     struct start *start = argument;
     int directory, lock;
 
     close_descriptors_from(3);
     neutral_standard_descriptors();
+    check_proc(start);
     directory = open_directory(start);
     lock = open_in(start, directory, "start.lock", O_RDWR);
     while (sys2(SYS_flock, lock, LOCK_EX) == -EINTR)

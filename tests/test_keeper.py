@@ -21,6 +21,15 @@ def _kill(pid: int) -> None:
     await_end(pid)
 
 
+def _kill_whole(keeper: Keeper) -> None:
+    """Both halves, and neither gets to replace the other."""
+    for which in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in keeper:
+            os.kill(pid, which)
+    for pid in keeper:
+        await_end(pid)
+
+
 def _only_keeper(rendezvous: Path) -> Keeper:
     """The keeper, as soon as it is complete."""
     await_true(lambda: len(keepers(rendezvous)) == 1, "the keeper to be complete")
@@ -151,7 +160,7 @@ def test_a_waiter_whose_keeper_is_killed_whole_asks_the_next_one(fresh_world: Wo
     assert holder.flock(held_fd, EX) == OK
     call = other.flock_later(other_fd, EX)
     fresh_world.await_blocked(call)
-    end_keepers(rendezvous)
+    _kill_whole(_only_keeper(rendezvous))
     assert call.result() == OK
     assert not fresh_world.free(fresh_world.file())
 

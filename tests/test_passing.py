@@ -60,6 +60,21 @@ def test_a_descriptor_that_nobody_will_receive_is_released(world: World) -> None
     assert waiting.result() == OK
 
 
+def test_a_stranger_s_descriptors_in_flight_do_not_hold(world: World) -> None:
+    """A file that has nothing to do with the lock may stay unread in a socket for ever."""
+    path = world.file()
+    stranger, stranger_fd = world.opened("another")
+    receiver = world.start()
+    out, _ = connect(stranger, receiver)
+    stranger.ask("sendfd", out, stranger_fd)
+    driver, fd = world.opened()
+    for _ in range(20):
+        assert driver.flock(fd, EX) == OK
+        driver.close(fd)
+        assert world.free(path)
+        fd = driver.open(path)
+
+
 def test_a_received_descriptor_can_be_locked(world: World) -> None:
     path = world.file()
     sender, fd = world.opened()

@@ -106,8 +106,14 @@ class Descriptions:
 class Processes:
     """Watches processes by pidfd (Linux 5.3; before that the once-a-second look must do)."""
 
-    def __init__(self, watch: Callable[[int, Callable[[], None]], None], unwatch: Callable[[int], None]) -> None:
-        """`watch(descriptor, callback)` has it called while the descriptor is readable, until `unwatch`."""
+    def __init__(
+        self, watch: Callable[[int, Callable[[], None]], None], unwatch: Callable[[int], None], most: int
+    ) -> None:
+        """`watch(descriptor, callback)` has it called while the descriptor is readable, until `unwatch`.
+
+        Descriptors from `most` on are not used.
+        """
+        self._most = most
         self._watch = watch
         self._unwatch = unwatch
         self._interests: dict[int, set[object]] = {}
@@ -118,14 +124,14 @@ class Processes:
         """Put `interest` into `ended` when process `pid` has ended; at once where it has."""
         interests = self._interests.get(pid)
         if interests is None:
-            interests = self._interests[pid] = set()
             pidfd = lib.native_pidfd_open(pid)
-            if pidfd >= 0:
-                self._pidfds[pid] = pidfd
-                self._watch(pidfd, lambda: self._end(pid))
-            else:
-                del self._interests[pid]
+            if pidfd >= self._most:
+                os.close(pidfd)
+            if not 0 <= pidfd < self._most:
                 return
+            interests = self._interests[pid] = set()
+            self._pidfds[pid] = pidfd
+            self._watch(pidfd, lambda: self._end(pid))
         interests.add(interest)
 
     def discard(self, pid: int, interest: object) -> None:

@@ -34,6 +34,7 @@ IN_ATTRIB, IN_CLOSE_WRITE, IN_OPEN, IN_Q_OVERFLOW = 0x4, 0x8, 0x20, 0x4000
 _EVENT = struct.Struct("=iIII")
 
 IDLE_PROXY_SECONDS = 1.0
+CONTENDED_SECONDS = 2.0
 
 
 class _LockFile:
@@ -157,7 +158,7 @@ class _Watcher:
 class Proxy:
     """One file's standing between the keepers of this host."""
 
-    __slots__ = ("contended", "idle_since", "key", "main", "turn", "waiting")
+    __slots__ = ("contended_until", "idle_since", "key", "main", "turn", "waiting")
 
     def __init__(self, directory: str, key: Key, watcher: _Watcher) -> None:
         """Nothing is opened before it is needed."""
@@ -166,8 +167,13 @@ class Proxy:
         self.main = _LockFile(path, self, watcher)
         self.turn = _LockFile(path + ".next", self, watcher)
         self.waiting: bool | None = None
-        self.contended = False
+        self.contended_until = 0.0
         self.idle_since = 0.0
+
+    @property
+    def contended(self) -> bool:
+        """Another keeper was refused lately; one that waits knocks again every second."""
+        return self.contended_until > 0 and time.monotonic() < self.contended_until
 
     def advance(self, insist: bool) -> bool:
         """Go on waiting: get the turn, then the lock. Returns whether the lock is held now."""
@@ -178,7 +184,7 @@ class Proxy:
             self.main.knock()
             return False
         self.waiting = None
-        self.contended = False
+        self.contended_until = 0.0
         self.turn.remove()
         return True
 
@@ -252,16 +258,13 @@ class Host:
             return not proxy.main.alone
         return os.path.exists(proxy_path(self._directory, key))
 
-    def restore(self) -> list[Key]:
-        """Make the proxies again after the directory was removed. Returns those that somebody else has locked."""
-        lost = []
-        for key, proxy in self.proxies.items():
-            mode = proxy.main.mode
-            proxy.main.close()
-            proxy.turn.close()
-            if mode is not None and not proxy.main.try_lock(mode):
-                lost.append(key)
-        return lost
+    def restore(self, needed: dict[Key, bool]) -> list[Key]:
+        """Make proxies again that were removed. Returns those that are `needed` but that somebody else has locked."""
+        for proxy in self.proxies.values():
+            if proxy.main.descriptor >= 0 and proxy.main.is_unlinked():
+                proxy.main.close()
+                proxy.turn.close()
+        return [key for key, exclusive in needed.items() if not self._proxy(key).main.try_lock(exclusive)]
 
     def wait(self, key: Key, exclusive: bool, insist: bool) -> bool:
         """None of our clients holds but one wants to: get in line. Returns whether the lock was had now.
@@ -307,7 +310,7 @@ class Host:
                 if file.mode is None:
                     self.opened.add(key)
                 else:
-                    file.proxy.contended = True
+                    file.proxy.contended_until = time.monotonic() + CONTENDED_SECONDS
                     self.knocked.add(key)
             if mask & IN_CLOSE_WRITE or (mask & IN_ATTRIB and file.is_unlinked()):
                 self.freed.add(key)

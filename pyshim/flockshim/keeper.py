@@ -28,7 +28,12 @@ from flockshim.loop import Loop
 from flockshim.programs import Programs
 from flockshim.rendezvous import LISTENER, Rendezvous
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 MAX_DESCRIPTORS = 65536
+RESERVE = 32
 DEFAULT_IDLE_SECONDS = 10.0
 
 
@@ -38,12 +43,14 @@ class Keeper:
     def __init__(self, directory: str, key: str, journal: Journal, idle_seconds: float) -> None:
         """Take over what the journal names; it is empty in the beginning."""
         held, proxies = _take_inventory(directory, journal)
+        # Above this, descriptors are for unlocking, and for looking who is alive.
+        most = journal.capacity - min(RESERVE, journal.capacity // 4)
         self.idle_seconds = idle_seconds
         self.idle_since = 0.0
         self.loop = Loop()
         self.rendezvous = Rendezvous(directory, key)
-        self.service = LockService(self.loop, self.rendezvous, journal)
-        self.programs = Programs(LISTENER, self.loop, self.service.request, self.service.withdraw)
+        self.service = LockService(self.loop, self.rendezvous, journal, most)
+        self.programs = Programs(LISTENER, self.loop, self.service.request, self.service.withdraw, most)
         self.service.programs = self.programs
         self.service.adopt(held, proxies)
         if self.rendezvous.inotify >= 0:
@@ -63,9 +70,10 @@ class Keeper:
         if self.service.files or len(self.programs) or self.programs.active:
             self.idle_since = now
             self.programs.active = False
-        elif now - self.idle_since >= self.idle_seconds and self.rendezvous.leave():
+        elif now - self.idle_since >= self.idle_seconds:
             self.service.close()
-            os._exit(0)
+            if self.rendezvous.leave():
+                os._exit(0)
 
     def _restore_if_swept(self) -> None:
         """Where somebody has emptied the rendezvous directory, make it again before others begin without us."""
@@ -83,8 +91,9 @@ class Keeper:
 def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[Key, int]]:
     """Close every descriptor that is neither a held lock nor a proxy; waiting programs then ask again."""
     held, proxies = [], {}
-    for name in os.listdir("/proc/self/fd"):
-        descriptor = int(name)
+    # As the kernel shows it in the links of /proc/self/fd.
+    directory = os.path.realpath(directory)
+    for descriptor in _open_descriptors(journal.capacity):
         if descriptor <= LISTENER:
             continue
         try:
@@ -101,6 +110,14 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[K
     return held, proxies
 
 
+def _open_descriptors(capacity: int) -> Iterable[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:
+        # None is left for listing them.
+        return range(capacity)
+
+
 def _raise_limits() -> int:
     """Take what the hard limits allow, so that a program's own soft limits don't end its keeper."""
     for limit in (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA):
@@ -112,19 +129,26 @@ def _raise_limits() -> int:
     return soft
 
 
+def _ignore_signals() -> None:
+    """Batch systems signal all processes of a job, for the programs, which may need their locks for cleaning up."""
+    faults = ("SEGV", "BUS", "FPE", "ILL", "ABRT", "TRAP", "SYS")
+    kept = {signal.Signals["SIG" + name] for name in (*faults, "KILL", "STOP", "CHLD")}
+    for number in signal.valid_signals() - kept:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(standby.ORPHANED, lambda *_: None)
+
+
 def main() -> None:
     """Run as a keeper: see the module."""
     directory, key = sys.argv[1:3]
     os.umask(0o077)
-    # A batch system's first signals are for the programs, which may need their locks for cleaning up.
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGPIPE):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(standby.ORPHANED, lambda *_: None)
+    _ignore_signals()
     journal = Journal(_raise_limits())
     idle_seconds = float(os.environ.get("FLOCKSHIM_IDLE") or DEFAULT_IDLE_SECONDS)
+    parent = standby.split(first=True)
     while True:
-        parent = standby.split()
         Keeper(directory, key, journal, idle_seconds).run(parent)
+        parent = standby.split(first=False)
 
 
 if __name__ == "__main__":

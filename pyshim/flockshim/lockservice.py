@@ -43,10 +43,10 @@ class LockService:
 
     programs: Programs
 
-    def __init__(self, loop: Loop, rendezvous: Rendezvous, journal: Journal) -> None:
-        """Set `programs` before requests come."""
+    def __init__(self, loop: Loop, rendezvous: Rendezvous, journal: Journal, most: int) -> None:
+        """Set `programs` before requests come. Descriptors from `most` on are a reserve."""
         self.files: dict[Key, _File] = {}
-        self.processes = Processes(loop.watch, loop.unwatch)
+        self.processes = Processes(loop.watch, loop.unwatch, most)
         self._rendezvous = rendezvous
         self._host = Host(rendezvous.directory)
         self._journal = journal
@@ -68,10 +68,15 @@ class LockService:
         for key, descriptor in proxies.items():
             known = self.files.get(key)
             self._host.adopt(key, descriptor, any(known.lock.holders.values()) if known else None)
+        # What is held must be locked, whatever has become of its proxy.
+        self._host.restore(self._needed())
 
     def restore_proxies(self) -> list[Key]:
         """Make the proxies again in a new directory. Returns the files that somebody else has locked meanwhile."""
-        return self._host.restore()
+        return self._host.restore(self._needed())
+
+    def _needed(self) -> dict[Key, bool]:
+        return {key: any(file.lock.holders.values()) for key, file in self.files.items() if file.lock.holders}
 
     # Requests
 
@@ -121,7 +126,7 @@ class LockService:
     ) -> None:
         if file.lock.conflicts(description, exclusive):
             self._check_holders([holder for holder in file.lock.holders if holder is not description])
-        outcome = file.lock.request(description, exclusive, blocking, connection)
+        outcome = file.lock.request(description, exclusive, blocking, connection, time.monotonic())
         if outcome == GRANTED:
             self.processes.add(connection.pid, description)
             if file.lock.queue:
@@ -206,7 +211,7 @@ class LockService:
         """Serve those who wait, and hold the host's lock for this file exactly as long as it is needed."""
         while True:
             try:
-                self._serve(file)
+                self._serve(file, insist)
                 if file.lock.holders:
                     return
                 if not file.lock.queue:
@@ -219,8 +224,8 @@ class LockService:
             except OSError as error:
                 self._fail_first(file, error)
 
-    def _serve(self, file: _File) -> None:
-        for waiter in file.lock.serve():
+    def _serve(self, file: _File, insist: bool) -> None:
+        for waiter in file.lock.serve(time.monotonic() - TICK_SECONDS if insist else None):
             connection = waiter.context
             self.programs.forget(connection)
             self._stop_waiting(connection)

@@ -23,13 +23,14 @@ WAITING = 2
 class Waiter:
     """A blocking request that could not be granted at once."""
 
-    __slots__ = ("context", "exclusive", "owner")
+    __slots__ = ("context", "exclusive", "owner", "since")
 
-    def __init__(self, owner: Any, exclusive: bool, context: Any) -> None:
-        """Note the description, the mode asked for, and the caller's own `context` for the answer."""
+    def __init__(self, owner: Any, exclusive: bool, context: Any, since: float) -> None:
+        """Note the description, the mode asked for, the caller's own `context` for the answer, and the time."""
         self.owner = owner
         self.exclusive = exclusive
         self.context = context
+        self.since = since
 
 
 class FileLock:
@@ -63,7 +64,7 @@ class FileLock:
             return False
         return exclusive or any(mode for holder, mode in self.holders.items() if holder != owner)
 
-    def request(self, owner: Any, exclusive: bool, blocking: bool, context: Any = None) -> int:
+    def request(self, owner: Any, exclusive: bool, blocking: bool, context: Any = None, now: float = 0.0) -> int:
         """Ask for a mode. Returns GRANTED, REFUSED (`blocking` is false) or WAITING.
 
         A refused or waiting conversion has lost the mode it had; call `serve` afterwards, since others may go on.
@@ -78,7 +79,7 @@ class FileLock:
             return GRANTED
         if not blocking:
             return REFUSED
-        self.queue.append(Waiter(owner, exclusive, context))
+        self.queue.append(Waiter(owner, exclusive, context, now))
         return WAITING
 
     def release(self, owner: Any) -> bool:
@@ -92,8 +93,12 @@ class FileLock:
         """Forget a request that waits; call `serve` afterwards."""
         self.queue.remove(waiter)
 
-    def serve(self) -> list[Waiter]:
-        """Grant to those whose turn has come, in order, and return their requests."""
+    def serve(self, overdue: float | None = None) -> list[Waiter]:
+        """Grant to those whose turn has come, in order, and return their requests.
+
+        Readers who wait since `overdue` or longer then join other readers although a writer waits before them, as they
+        could at once in Linux: a reader may be waiting for its child, which wants to read too.
+        """
         served = []
         while self.queue:
             waiter = self.queue[0]
@@ -104,6 +109,11 @@ class FileLock:
                 break
             self.queue.popleft()
             served.append(waiter)
+        if overdue is not None and self.holders:
+            for waiter in [w for w in self.queue if not w.exclusive and w.since <= overdue]:
+                if self._try(waiter.owner, False, True):
+                    self.queue.remove(waiter)
+                    served.append(waiter)
         return served
 
     def adopt(self, owner: Any, exclusive: bool) -> None:

@@ -42,7 +42,7 @@ class Loop:
         """
         orphaned, wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake)
-        self.watch(orphaned, lambda: None)
+        self.watch(orphaned, lambda: _drain(orphaned))
         handlers, poll, monotonic = self._handlers, self._epoll.poll, time.monotonic
         next_tick = monotonic() + TICK_SECONDS
         while os.getppid() == parent:
@@ -60,3 +60,7 @@ class Loop:
                 tick(now)
         signal.set_wakeup_fd(-1)
         self._epoll.close()
+
+
+def _drain(pipe: int) -> None:
+    os.read(pipe, 4096)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 
 from flockshim._native import ffi, lib
 
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from flockshim.locktable import Waiter
     from flockshim.loop import Loop
 
-SPARE = 3
 STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 
 
@@ -58,8 +58,13 @@ class Programs:
         loop: Loop,
         request: Callable[[Connection, int, int, int, int, int], None],
         withdraw: Callable[[Connection], None],
+        most: int,
     ) -> None:
-        """`request` gets (connection, operation, descriptor, number, device, inode); `withdraw` who gave up."""
+        """`request` gets (connection, operation, descriptor, number, device, inode); `withdraw` who gave up.
+
+        From descriptor `most` on only requests to unlock are taken.
+        """
+        self._most = most
         self._listener = listener
         self._loop = loop
         self._request = request
@@ -68,9 +73,6 @@ class Programs:
         self._body = self._packet.request
         self._open: set[int] = set()
         self.active = True
-        # Descriptors kept so that, when no other is left, programs can still unlock.
-        self._spare: list[int] = []
-        self._keep_spare()
         loop.watch(listener, self._accept)
 
     def __len__(self) -> int:
@@ -100,31 +102,18 @@ class Programs:
         lib.native_accept(self._listener, packet)
         descriptor = packet.connection
         if descriptor < 0:
-            if descriptor in (-errno.EMFILE, -errno.ENFILE) and self._spare:
-                self._use_spare()
-                self._accept()
+            if descriptor in (-errno.EMFILE, -errno.ENFILE):
+                # The whole system may be out of them; whoever knocks is still there afterwards.
+                time.sleep(0.01)
             return
         self.active = True
         connection = Connection(descriptor, packet.pid)
         if packet.status == STATUS_LOCK:
             self._pass_on(connection)
-        elif packet.status == lib.STATUS_NOTHING:
+        elif packet.status == lib.STATUS_NOTHING and descriptor < self._most:
             self.hold(connection)
         else:
             self._turn_away(connection, packet.status)
-
-    def _keep_spare(self) -> bool:
-        try:
-            while len(self._spare) < SPARE:
-                self._spare.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-        except OSError:
-            self._use_spare()
-        return bool(self._spare)
-
-    def _use_spare(self) -> None:
-        for descriptor in self._spare:
-            os.close(descriptor)
-        self._spare = []
 
     def _receive(self, connection: Connection) -> None:
         packet = self._packet
@@ -144,7 +133,8 @@ class Programs:
 
     def _pass_on(self, connection: Connection) -> None:
         body = self._body
-        if not self._spare and not self._keep_spare() and not body.operation & fcntl.LOCK_UN:
+        # The lowest free number is always taken: dup(2).
+        if self._packet.descriptor >= self._most and not body.operation & fcntl.LOCK_UN:
             self._turn_away(connection, lib.STATUS_FULL)
             return
         connection.flags = body.flags
@@ -164,10 +154,6 @@ class Programs:
                 f"the keeper (pid {os.getpid()}) speaks version {lib.PROTOCOL_VERSION} of the protocol, this program "
                 f"{self._body.version}: two versions of flockshim are in use; end the keeper's programs first"
             )
-        elif status == lib.STATUS_FULL and self._spare and self._body.operation & fcntl.LOCK_UN:
-            # Without an answer the program asks again, and now there is room.
-            self._use_spare()
-            os.close(connection.descriptor)
         elif status == lib.STATUS_FULL:
             connection.refuse("the keeper has no descriptor left; raise its limit (ulimit -Hn)")
         else:

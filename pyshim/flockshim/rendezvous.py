@@ -53,7 +53,10 @@ class Rendezvous:
         return os.open(f"{self.directory}/start.lock", flags, 0o600)
 
     def leave(self) -> bool:
-        """Stop listening for good, unless a program is just coming: who starts keepers holds the same lock."""
+        """Make the way free for another keeper, unless a program is just coming: starting takes the same lock.
+
+        Exit at once afterwards: that closes the socket, and who has connected meanwhile asks again.
+        """
         try:
             start = self._open_start_lock()
         except FileNotFoundError:
@@ -65,7 +68,6 @@ class Rendezvous:
             if not self.is_swept():
                 os.unlink(self.socket_path)
             self._remove_dead_sockets()
-            os.close(LISTENER)
         except BlockingIOError:
             return False
         finally:
@@ -85,7 +87,8 @@ class Rendezvous:
         if self.inotify >= 0:
             with contextlib.suppress(BlockingIOError):
                 os.read(self.inotify, 4096)
-        return _identity(self.socket_path) != self._identity
+        now = _identity(self.socket_path)
+        return now is None or now != self._identity
 
     def restore(self) -> Iterator[None]:
         """Make the directory again, and listen in it. Yields once, for the proxies to be made before programs come.

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 from flockshim._native import lib
 
-ORPHANED = signal.SIGUSR1
+# None of those that batch systems send.
+ORPHANED = signal.SIGRTMAX - 1
+PAUSE_SECONDS = 0.05
 
 
-def split() -> int:
+def split(first: bool) -> int:
     """Return the parent's pid in a child, again in another one whenever that dies; the caller never returns.
 
     A child that exits with status 0 has nothing left to do, and its parent follows. The child gets ORPHANED when its
     parent dies, and must look itself (``os.getppid``) whether that happened before it was ready for the signal.
+
+    Raises OSError where there cannot be a second process, but only the `first` time: later, what is held must be kept.
     """
     while True:
         parent = os.getpid()
@@ -28,8 +33,12 @@ def split() -> int:
         if child == 0:
             lib.native_die_with_parent(ORPHANED)
             return parent
-        if child < 0:
-            raise OSError(-child, os.strerror(-child), "clone")
-        _, status = os.waitpid(child, 0)
-        if status == 0:
-            os._exit(0)
+        if child < 0 and first:
+            raise OSError(-child, os.strerror(-child))
+        first = False
+        if child > 0:
+            _, status = os.waitpid(child, 0)
+            if status == 0:
+                os._exit(0)
+        # There may be no process left for us just now, or the child could not even begin.
+        time.sleep(PAUSE_SECONDS)
