@@ -90,6 +90,7 @@ CDEF = """
     int native_is_open_at(int kept, int pid, int number);
     int native_find_open(struct native_suspect *suspects, int count);
     int native_clone_sharing_descriptors(void);
+    int native_self(void);
     int native_die_with_parent(int signal);
     int native_pidfd_open(int pid);
     int native_inotify_init(void);

@@ -28,7 +28,8 @@ struct call {
     ino_t socket_inode;
     struct protocol_answer answer;
     const char *refusal;
-    int waited; /* and the user was told */
+    int waited;      /* and the user was told */
+    int interrupted; /* by a signal, and then the keeper was lost */
 };
 
 static enum outcome refuse(struct call *call, const char *why) {
@@ -126,15 +127,17 @@ static enum outcome receive_answer(struct call *call) {
             continue;
         }
         if (got < PROTOCOL_ANSWER_HEAD || call->answer.magic != PROTOCOL_MAGIC) {
-            if (!cancelled)
-                return LOST;
-            call->answer.kind = KIND_ANSWER;
-            call->answer.error = EINTR;
-            return ANSWERED;
+            /* The next keeper knows whether the last one had granted the lock just before. */
+            if (cancelled) {
+                call->request.operation |= LOCK_NB;
+                call->blocking = 0;
+                call->interrupted = 1;
+            }
+            return LOST;
         }
         ((char *)&call->answer)[got] = 0;
         if (call->answer.kind == KIND_WAITING) {
-            report_waiting(call->request.descriptor, call->answer.text);
+            report_waiting(call->config, call->request.descriptor, call->answer.text);
             call->waited = 1;
             continue;
         }
@@ -231,11 +234,13 @@ int client_flock(const struct config *config, int descriptor, int operation, int
                "the name of the rendezvous directory is too long; set FLOCKSHIM_DIR");
         return -kernel_error;
     }
-    if (ask_until_answered(&call) == REFUSED) {
+    if (ask_until_answered(&call) == REFUSED && !call.interrupted) {
         report(config, descriptor, call.refusal);
         return -kernel_error;
     }
+    if (call.interrupted && (call.refusal || call.answer.error == EWOULDBLOCK))
+        return -EINTR;
     if (call.waited && !call.answer.error)
-        report_waited(descriptor);
+        report_waited(config, descriptor);
     return -call.answer.error;
 }

@@ -1,7 +1,9 @@
 #include <errno.h>
 #include <stddef.h>
+#include <sys/stat.h>
 
 #include "config.h"
+#include "syscalls.h"
 #include "text.h"
 
 static struct config the_config;
@@ -93,6 +95,15 @@ static void set(struct config *config, const char *entry) {
         copy_path(config, config->home, value, "FLOCKSHIM_HOME");
 }
 
+static void note_standard_error(struct config *config) {
+    struct stat status;
+
+    if (sys2(SYS_fstat, 2, &status) == 0) {
+        config->error_device = status.st_dev;
+        config->error_inode = status.st_ino;
+    }
+}
+
 static void load(void) {
     static const int defaults[] = {ENOSYS, EOPNOTSUPP, ENOLCK, ERRNO_KERNEL_ENOTSUPP};
 
@@ -103,6 +114,7 @@ static void load(void) {
         for (char **entry = environ; *entry; entry++)
             set(&the_config, *entry);
     }
+    note_standard_error(&the_config);
     __atomic_store_n(&the_config.loaded, 1, __ATOMIC_RELEASE);
 }
 

@@ -4,6 +4,8 @@
 #ifndef FLOCKSHIM_CONFIG_H
 #define FLOCKSHIM_CONFIG_H
 
+#include <stdint.h>
+
 #define CONFIG_MAX_TRIGGERS 32
 #define CONFIG_MAX_PATH 4096
 /* So that DIR/k-<16 digits>.sock fits into sun_path, unix(7). */
@@ -21,6 +23,7 @@ struct config {
     int force;
     int quiet;
     int verbose;
+    uint64_t error_device, error_inode; /* the standard error that the program was started with */
     int simulate; /* errno that stands in for the kernel's answer; 0: ask the kernel */
     int triggers[CONFIG_MAX_TRIGGERS];
     int trigger_count;

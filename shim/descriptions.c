@@ -19,7 +19,8 @@
 #define FLAG_TURNS 6 /* even, so that the flag is as before in the end */
 
 static long kcmp_file(pid_t other, int mine, int its) {
-    return syscall(SYS_kcmp, getpid(), other, KCMP_FILE, (unsigned long)mine, (unsigned long)its);
+    return syscall(SYS_kcmp, native_self(), other, KCMP_FILE, (unsigned long)mine,
+                   (unsigned long)its);
 }
 
 /* Without kcmp: a property of the description that nobody uses for files, fcntl(2) F_SETSIG, is
@@ -37,13 +38,13 @@ static int same_by_mark(int one, int other) {
 }
 
 int native_same_description(int one, int other) {
-    long order = kcmp_file(getpid(), one, other);
+    long order = kcmp_file(native_self(), one, other);
 
     return order < 0 ? same_by_mark(one, other) : order == 0;
 }
 
 int native_compare(int one, int other, int *error) {
-    long order = kcmp_file(getpid(), one, other);
+    long order = kcmp_file(native_self(), one, other);
 
     *error = order < 0 ? errno : 0;
     return order == 1 ? -1 : order == 2 ? 1 : 0;
@@ -105,8 +106,8 @@ static int may_have_path_of(int kept, pid_t pid, int number) {
 
     if (!path_of(pid, number, other))
         return errno == ENAMETOOLONG;
-    return !path_of(getpid(), kept, one) || strcmp(one, other) == 0 ||
-           !path_of(getpid(), kept, again) || strcmp(one, again) != 0;
+    return !path_of(native_self(), kept, one) || strcmp(one, other) == 0 ||
+           !path_of(native_self(), kept, again) || strcmp(one, again) != 0;
 }
 
 int native_is_open_at(int kept, int pid, int number) {

@@ -69,6 +69,10 @@ int native_find_open(struct native_suspect *suspects, int count);
 long socket_under_way(pid_t pid, int number);
 int socket_may_carry(pid_t pid, int number, int kept);
 
+/* Our pid, by the system call: before glibc 2.25 getpid(3) remembers that of who called clone(2).
+ */
+int native_self(void);
+
 /* clone(2) with CLONE_FILES: a second process on this descriptor table. As fork(2), or -errno. */
 int native_clone_sharing_descriptors(void);
 int native_die_with_parent(int signal);

@@ -19,6 +19,10 @@ int native_clone_sharing_descriptors(void) {
     return pid < 0 ? -errno : (int)pid;
 }
 
+int native_self(void) {
+    return (int)syscall(SYS_getpid);
+}
+
 int native_die_with_parent(int signal) {
     return prctl(PR_SET_PDEATHSIG, signal) < 0 ? -errno : 0;
 }

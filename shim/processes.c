@@ -25,9 +25,9 @@ static int same_table(pid_t one, pid_t other) {
 
 /* The keeper's standby, which is its parent, shares the keeper's table. */
 static int is_keeper(pid_t pid) {
-    int same = same_table(getpid(), pid);
+    int same = same_table(native_self(), pid);
 
-    return pid == getpid() || same == 1 || (same < 0 && pid == getppid());
+    return pid == native_self() || same == 1 || (same < 0 && pid == getppid());
 }
 
 static pid_t number_of(const struct dirent *entry) {

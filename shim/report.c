@@ -1,4 +1,9 @@
+#include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <stddef.h>
+#include <sys/stat.h>
+#include <time.h>
 
 #include "report.h"
 #include "syscalls.h"
@@ -15,7 +20,32 @@ void path_of_descriptor(int descriptor, char *path, unsigned long size) {
     path[length < 0 ? 0 : length] = 0;
 }
 
-static void say(const char *before, int descriptor, const char *between, const char *after) {
+/* A program that has closed its standard error may have opened a file of its own there since. */
+static int is_standard_error(const struct config *config) {
+    struct stat status;
+
+    return sys2(SYS_fstat, 2, &status) == 0 &&
+           (!S_ISREG(status.st_mode) ||
+            (status.st_dev == config->error_device && status.st_ino == config->error_inode));
+}
+
+/* Not even a pipe that nobody reads may make a difference to the program: pipe(7), SIGPIPE. */
+static void write_error(const struct config *config, const char *line, size_t length) {
+    const uint64_t pipe = (uint64_t)1 << (SIGPIPE - 1);
+    const struct timespec at_once = {0};
+    uint64_t before, pending = 0;
+
+    if (!is_standard_error(config))
+        return;
+    sys2(SYS_rt_sigpending, &pending, sizeof pending);
+    sys4(SYS_rt_sigprocmask, SIG_BLOCK, &pipe, &before, sizeof pipe);
+    if (sys3(SYS_write, 2, line, length) == -EPIPE && !(pending & pipe))
+        sys4(SYS_rt_sigtimedwait, &pipe, NULL, &at_once, sizeof pipe);
+    sys4(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
+}
+
+static void say(const struct config *config, const char *before, int descriptor,
+                const char *between, const char *after) {
     char path[1024];
     char line[2048];
     struct text text = text_over(line, sizeof line - 1);
@@ -27,18 +57,18 @@ static void say(const char *before, int descriptor, const char *between, const c
     text_add(&text, between);
     text_add(&text, after);
     line[text.length++] = '\n';
-    sys3(SYS_write, 2, line, text.length);
+    write_error(config, line, text.length);
 }
 
 void report(const struct config *config, int descriptor, const char *what) {
     if (!config->quiet)
-        say("cannot lock ", descriptor, ": ", what);
+        say(config, "cannot lock ", descriptor, ": ", what);
 }
 
-void report_waiting(int descriptor, const char *holder) {
-    say("waiting for the lock on ", descriptor, ", held by ", holder);
+void report_waiting(const struct config *config, int descriptor, const char *holder) {
+    say(config, "waiting for the lock on ", descriptor, ", held by ", holder);
 }
 
-void report_waited(int descriptor) {
-    say("got the lock on ", descriptor, "", "");
+void report_waited(const struct config *config, int descriptor) {
+    say(config, "got the lock on ", descriptor, "", "");
 }

@@ -9,8 +9,8 @@
 void report(const struct config *config, int descriptor, const char *what);
 
 /* With --verbose: a blocking call that has to wait, and its end. */
-void report_waiting(int descriptor, const char *holder);
-void report_waited(int descriptor);
+void report_waiting(const struct config *config, int descriptor, const char *holder);
+void report_waited(const struct config *config, int descriptor);
 
 /* The path that descriptor was opened by, as the kernel knows it now; empty where it cannot be
  * told. */

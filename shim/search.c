@@ -167,7 +167,7 @@ static void trust_hidden(struct search *search) {
 /* Twice: a description may move while we look, by a socket or to a forked child, into a process
  * that had been looked at before. */
 int native_find_open(struct native_suspect *suspects, int count) {
-    struct search search = {.count = count, .missing = count, .self = getpid()};
+    struct search search = {.count = count, .missing = count, .self = native_self()};
     int found;
 
     search.suspects = malloc((size_t)count * sizeof *search.suspects);

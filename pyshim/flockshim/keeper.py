@@ -9,7 +9,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    # Last: what else lies there may have the name of a standard module.
+    sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     try:
         import _cffi_backend  # noqa: F401  (beside us in most installations, which spares importing site)
     except ImportError:

@@ -341,4 +341,6 @@ def _describe_holder(file: _File) -> str:
 
 
 def _cannot_lock(error: OSError) -> str:
+    if error.errno == errno.EMFILE:
+        return "the keeper has no descriptor left; raise its limit (ulimit -Hn)"
     return f"no file can be made in the rendezvous directory: {error.strerror}: {error.filename}; set FLOCKSHIM_DIR"

@@ -151,7 +151,7 @@ class Programs:
         packet = self._packet
         if status == lib.STATUS_VERSION:
             connection.refuse(
-                f"the keeper (pid {os.getpid()}) speaks version {lib.PROTOCOL_VERSION} of the protocol, this program "
+                f"the keeper (pid {lib.native_self()}) speaks version {lib.PROTOCOL_VERSION} of the protocol, this program "
                 f"{self._body.version}: two versions of flockshim are in use; end the keeper's programs first"
             )
         elif status == lib.STATUS_FULL:

@@ -17,6 +17,8 @@ from flockshim._native import lib
 # None of those that batch systems send.
 ORPHANED = signal.SIGRTMAX - 1
 PAUSE_SECONDS = 0.05
+# A child that cannot even begin, again and again: half an installation, say. Programs are then told.
+MAX_FAILURES = 5
 
 
 def split(first: bool) -> int:
@@ -27,12 +29,14 @@ def split(first: bool) -> int:
 
     Raises OSError where there cannot be a second process, but only the `first` time: later, what is held must be kept.
     """
-    while True:
-        parent = os.getpid()
+    failures = 0
+    while failures < MAX_FAILURES:
+        parent = lib.native_self()
+        started = time.monotonic()
         child = lib.native_clone_sharing_descriptors()
         if child == 0:
             lib.native_die_with_parent(ORPHANED)
-            return parent
+            return int(parent)
         if child < 0 and first:
             raise OSError(-child, os.strerror(-child))
         first = False
@@ -40,5 +44,8 @@ def split(first: bool) -> int:
             _, status = os.waitpid(child, 0)
             if status == 0:
                 os._exit(0)
-        # There may be no process left for us just now, or the child could not even begin.
+            failed = os.WIFEXITED(status) and time.monotonic() - started < 1
+            failures = failures + 1 if failed else 0
+        # There may be no process left for us just now.
         time.sleep(PAUSE_SECONDS)
+    os._exit(1)
