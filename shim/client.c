@@ -37,13 +37,16 @@ static enum outcome refuse(struct call *call, const char *why) {
     return REFUSED;
 }
 
-/* Another thread may close every descriptor while this one waits, and open its own: only ours is
- * closed. */
-static void close_socket(struct call *call) {
+/* Another thread may close every descriptor while this one waits, and open its own. */
+static int is_our_socket(const struct call *call) {
     struct stat status;
 
-    if (sys2(SYS_fstat, call->socket, &status) == 0 && status.st_ino == call->socket_inode &&
-        S_ISSOCK(status.st_mode))
+    return sys2(SYS_fstat, call->socket, &status) == 0 && status.st_ino == call->socket_inode &&
+           S_ISSOCK(status.st_mode);
+}
+
+static void close_socket(const struct call *call) {
+    if (is_our_socket(call))
         sys1(SYS_close, call->socket);
 }
 
@@ -102,6 +105,36 @@ static long send_request(struct call *call, int with_descriptor) {
     return result;
 }
 
+static long send_word(struct call *call, enum protocol_kind kind) {
+    long result;
+
+    if (!is_our_socket(call))
+        return -EBADF;
+    call->request.kind = (uint16_t)kind;
+    result = send_request(call, 0);
+    call->request.kind = KIND_LOCK;
+    return result;
+}
+
+/* A descriptor that was closed while its lock call waited may be another file by now. If granted
+ * all the same, the lock has ended with the description, as it would have in the kernel. */
+static int is_same_file(const struct call *call) {
+    struct stat status;
+
+    return sys2(SYS_fstat, call->request.descriptor, &status) == 0 &&
+           status.st_dev == call->request.device && status.st_ino == call->request.inode;
+}
+
+/* The next keeper knows whether the last one had granted the lock just before a signal came. */
+static enum outcome lose(struct call *call, int cancelled) {
+    if (cancelled) {
+        call->request.operation |= LOCK_NB;
+        call->blocking = 0;
+        call->interrupted = 1;
+    }
+    return LOST;
+}
+
 /* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
  * interruption the keeper has the last word, since it may have granted the lock just before. */
 static enum outcome receive_answer(struct call *call) {
@@ -113,9 +146,7 @@ static enum outcome receive_answer(struct call *call) {
 
         if (got == -EINTR) {
             if (call->blocking && !cancelled) {
-                call->request.kind = KIND_CANCEL;
-                send_request(call, 0);
-                call->request.kind = KIND_LOCK;
+                send_word(call, KIND_CANCEL);
                 cancelled = 1;
             }
             continue;
@@ -127,13 +158,7 @@ static enum outcome receive_answer(struct call *call) {
             continue;
         }
         if (got < PROTOCOL_ANSWER_HEAD || call->answer.magic != PROTOCOL_MAGIC) {
-            /* The next keeper knows whether the last one had granted the lock just before. */
-            if (cancelled) {
-                call->request.operation |= LOCK_NB;
-                call->blocking = 0;
-                call->interrupted = 1;
-            }
-            return LOST;
+            return lose(call, cancelled);
         }
         ((char *)&call->answer)[got] = 0;
         if (call->answer.kind == KIND_WAITING) {
@@ -141,6 +166,10 @@ static enum outcome receive_answer(struct call *call) {
             call->waited = 1;
             continue;
         }
+        /* The lock is ours only if the keeper learns that we are still here: a call that was left
+         * by longjmp(3) or exec, or is stopped, must not be served. */
+        if (call->answer.kind == KIND_GRANT && send_word(call, KIND_TAKEN) < 0)
+            return is_same_file(call) ? lose(call, cancelled) : ANSWERED;
         if (call->answer.kind == KIND_REFUSAL)
             return refuse(call, call->answer.text);
         return call->answer.kind == KIND_REDIRECT ? REDIRECTED : ANSWERED;
@@ -196,6 +225,10 @@ static enum outcome ask_until_answered(struct call *call) {
             return outcome;
         starts += outcome == NO_KEEPER;
         lost += outcome != NO_KEEPER;
+        if (!is_same_file(call)) {
+            call->answer.error = EBADF;
+            return ANSWERED;
+        }
     }
     return refuse(call,
                   "the keeper does not stay alive; see keeper.log in the rendezvous directory");

@@ -10,6 +10,7 @@
 enum native_status {
     STATUS_LOCK,    /* a request, with its description */
     STATUS_CANCEL,  /* a waiting call was interrupted */
+    STATUS_TAKEN,   /* a grant has reached its program */
     STATUS_NOTHING, /* no packet yet */
     STATUS_ENDED,   /* the connection has ended, or what came was no request of ours */
     STATUS_VERSION, /* a shim of another version */
@@ -29,6 +30,8 @@ void native_accept(int listener, struct native_packet *packet);
 void native_receive(int connection, struct native_packet *packet);
 /* Sends a packet to a program. */
 void native_send(int connection, int kind, int error, const char *text);
+/* From now on nothing comes by this connection but what has come already. */
+void native_stop_receiving(int connection);
 /* Sends the answer and closes the connection. */
 void native_answer(int connection, int kind, int error, const char *text);
 

@@ -19,6 +19,8 @@ enum protocol_kind {
     KIND_REFUSAL = 4,  /* the protection cannot be given; text says why */
     KIND_REDIRECT = 5, /* another keeper has this description; text is its key */
     KIND_WAITING = 6, /* not yet; text is who holds the lock. Only where FLAG_VERBOSE asks for it */
+    KIND_GRANT = 7, /* granted after a wait, if the program is still there: it answers KIND_TAKEN */
+    KIND_TAKEN = 8,
 };
 
 struct protocol_request {

@@ -26,6 +26,8 @@ static int status_of(const struct native_packet *packet, ssize_t got) {
         return STATUS_ENDED;
     if (packet->request.kind == KIND_CANCEL)
         return STATUS_CANCEL;
+    if (packet->request.kind == KIND_TAKEN)
+        return STATUS_TAKEN;
     return packet->descriptor < 0 ? STATUS_FULL : STATUS_LOCK;
 }
 
@@ -87,6 +89,10 @@ void native_send(int connection, int kind, int error, const char *text) {
 void native_answer(int connection, int kind, int error, const char *text) {
     native_send(connection, kind, error, text);
     close(connection);
+}
+
+void native_stop_receiving(int connection) {
+    shutdown(connection, SHUT_RD);
 }
 
 int native_try_lock(int descriptor, int exclusive) {

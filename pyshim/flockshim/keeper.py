@@ -51,7 +51,9 @@ class Keeper:
         self.loop = Loop()
         self.rendezvous = Rendezvous(directory, key)
         self.service = LockService(self.loop, self.rendezvous, journal, most)
-        self.programs = Programs(LISTENER, self.loop, self.service.request, self.service.withdraw, most)
+        self.programs = Programs(
+            LISTENER, self.loop, self.service.request, self.service.withdraw, self.service.taken, most
+        )
         self.service.programs = self.programs
         self.service.adopt(held, proxies)
         if self.rendezvous.inotify >= 0:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from flockshim.programs import Programs
     from flockshim.rendezvous import Rendezvous
 
+GRANT_SECONDS = 2.0
+UNDECIDED_SECONDS = GRANT_SECONDS + 2 * TICK_SECONDS
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
@@ -34,7 +36,8 @@ class _File:
         self.key = key
         self.lock = lock
         self.descriptions = Descriptions()
-        # Non-blocking requests that another keeper's lock forbids, until that keeper has looked: see Host.
+        # Non-blocking requests that another keeper's lock forbids, until that keeper has looked: see Host. Or one
+        # that was granted to a program which has not said yet that it is still there.
         self.undecided: list[tuple[Connection, Description, bool, float]] = []
 
 
@@ -50,6 +53,7 @@ class LockService:
         self._rendezvous = rendezvous
         self._host = Host(rendezvous.directory)
         self._journal = journal
+        self._grants: dict[Connection, float] = {}
         if self._host.fileno() >= 0:
             # Before programs: what a neighbour did before a program asked must be known by then.
             loop.watch(self._host.fileno(), self._heed_neighbours, first=True)
@@ -129,16 +133,17 @@ class LockService:
         outcome = file.lock.request(description, exclusive, blocking, connection, time.monotonic())
         if outcome == GRANTED:
             self.processes.add(connection.pid, description)
+            self._confirm(description)
             if file.lock.queue:
                 self._settle(file)
             connection.answer(0)
         elif outcome == REFUSED:
-            if file.lock.conflicts(description, exclusive):
+            if self._is_refused(file, description, exclusive):
                 self._release_if_unused(file, description)
                 connection.answer(errno.EWOULDBLOCK)
             else:
                 description.waits += 1
-                limit = time.monotonic() + TICK_SECONDS
+                limit = time.monotonic() + UNDECIDED_SECONDS
                 file.undecided.append((connection, description, exclusive, limit))
             self._settle(file)
         else:
@@ -150,15 +155,46 @@ class LockService:
             if connection.waiter:
                 connection.tell_waiting(_describe_holder(file))
 
+    def _is_refused(self, file: _File, description: Description, exclusive: bool) -> bool:
+        """Return whether a holder of ours is in the way, and surely holds."""
+        unsure = {connection.granted for connection in self._grants}
+        return file.lock.conflicts(description, exclusive) and unsure.isdisjoint(file.lock.holders)
+
     def withdraw(self, connection: Connection) -> None:
         """The program has given up waiting, or has died; `programs` has forgotten it."""
         waiter = connection.waiter
-        assert waiter
+        if waiter is None:
+            self._take_back(connection)
+            return
         file = self.files[waiter.owner.key]
         file.lock.withdraw(waiter)
         self._stop_waiting(connection)
         self._release_if_unused(file, waiter.owner)
         self._settle(file)
+
+    def taken(self, connection: Connection) -> None:
+        """A grant has reached its program."""
+        description = connection.granted
+        connection.granted = None
+        del self._grants[connection]
+        file = self.files.get(description.key) if description else None
+        if file and file.undecided:
+            self._retry_undecided(file)
+
+    def _confirm(self, description: Description) -> None:
+        """Who asks again for what it was granted has lost its connection, not its interest."""
+        for connection in [c for c in self._grants if c.granted is description]:
+            self.taken(connection)
+
+    def _take_back(self, connection: Connection) -> None:
+        """A grant has not reached its program: the call has been left by longjmp, exec or death."""
+        description = connection.granted
+        file = self.files.get(description.key) if description else None
+        if file and description and file.lock.release(description):
+            self._release_if_unused(file, description)
+        self.taken(connection)
+        if file:
+            self._settle(file)
 
     def _stop_waiting(self, connection: Connection) -> None:
         assert connection.waiter
@@ -222,15 +258,19 @@ class LockService:
                 if not self._host.wait(file.key, file.lock.queue[0].exclusive, insist):
                     return
             except OSError as error:
+                if not file.lock.queue:
+                    print(f"{error.strerror}: {error.filename}", flush=True)
+                    return
                 self._fail_first(file, error)
 
     def _serve(self, file: _File, insist: bool) -> None:
         for waiter in file.lock.serve(time.monotonic() - TICK_SECONDS if insist else None):
             connection = waiter.context
-            self.programs.forget(connection)
             self._stop_waiting(connection)
             self.processes.add(connection.pid, waiter.owner)
-            connection.answer(0)
+            connection.granted = waiter.owner
+            self._grants[connection] = time.monotonic()
+            connection.grant()
 
     def _fail_first(self, file: _File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""
@@ -260,6 +300,9 @@ class LockService:
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptions closed without unlocking."""
         self._check_holders([holder for file in self.files.values() for holder in file.lock.holders])
+        for connection, since in list(self._grants.items()):
+            if now - since >= GRANT_SECONDS:
+                self._look_after_grant(connection)
         for file in list(self.files.values()):
             self._settle(file, insist=True)
             self._decide(file, now)
@@ -267,6 +310,15 @@ class LockService:
             self._host.recheck()
             self._heed_neighbours()
         self._host.clean()
+
+    def _look_after_grant(self, connection: Connection) -> None:
+        """The program may be stopped: others go on, and it asks again when it is continued."""
+        self.programs.forget(connection)
+        if self.programs.is_taken(connection):
+            self.taken(connection)
+        else:
+            self._take_back(connection)
+        lib.native_close(connection.descriptor)
 
     def close(self) -> None:
         """Remove the proxies: the keeper leaves."""
@@ -304,7 +356,7 @@ class LockService:
             connection, description, exclusive, _ = item
             if file.lock.request(description, exclusive, False) == GRANTED:
                 self._conclude(file, connection, description, 0)
-            elif file.lock.conflicts(description, exclusive):
+            elif self._is_refused(file, description, exclusive):
                 self._conclude(file, connection, description, errno.EWOULDBLOCK)
             else:
                 file.undecided.append(item)

@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from flockshim.descriptions import Description
     from flockshim.locktable import Waiter
     from flockshim.loop import Loop
 
@@ -22,18 +23,24 @@ STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 class Connection:
     """A program that waits for an answer."""
 
-    __slots__ = ("descriptor", "flags", "pid", "waiter")
+    __slots__ = ("descriptor", "flags", "granted", "pid", "waiter")
 
     def __init__(self, descriptor: int, pid: int) -> None:
         """`pid` is the process that connected."""
         self.descriptor = descriptor
         self.pid = pid
         self.flags = 0
+        # The description that got the lock after a wait, until the program has said that it is still there.
+        self.granted: Description | None = None
         self.waiter: Waiter | None = None
 
     def answer(self, error: int) -> None:
         """Give the errno with which the program's call ends, or 0."""
         lib.native_answer(self.descriptor, KIND_ANSWER, error, b"")
+
+    def grant(self) -> None:
+        """Tell a program that waited that the lock is its own."""
+        lib.native_send(self.descriptor, lib.KIND_GRANT, 0, b"")
 
     def tell_waiting(self, holder: str) -> None:
         """Tell the program, if it wants to know, whom it waits for."""
@@ -58,9 +65,12 @@ class Programs:
         loop: Loop,
         request: Callable[[Connection, int, int, int, int, int], None],
         withdraw: Callable[[Connection], None],
+        taken: Callable[[Connection], None],
         most: int,
     ) -> None:
         """`request` gets (connection, operation, descriptor, number, device, inode); `withdraw` who gave up.
+
+        `taken` gets those that a grant has reached.
 
         From descriptor `most` on only requests to unlock are taken.
         """
@@ -69,6 +79,7 @@ class Programs:
         self._loop = loop
         self._request = request
         self._withdraw = withdraw
+        self._taken = taken
         self._packet = ffi.new("struct native_packet *")
         self._body = self._packet.request
         self._open: set[int] = set()
@@ -95,7 +106,16 @@ class Programs:
 
     def is_held(self, connection: Connection) -> bool:
         """Return whether the connection is still waiting for its answer."""
-        return connection.descriptor in self._open and connection.waiter is not None
+        waits = connection.waiter is not None or connection.granted is not None
+        return connection.descriptor in self._open and waits
+
+    def is_taken(self, connection: Connection) -> bool:
+        """Hear no more of a connection with a grant, and return whether the program has had it."""
+        lib.native_stop_receiving(connection.descriptor)
+        while True:
+            lib.native_receive(connection.descriptor, self._packet)
+            if self._packet.status != lib.STATUS_CANCEL:
+                return bool(self._packet.status == lib.STATUS_TAKEN)
 
     def _accept(self) -> None:
         packet = self._packet
@@ -119,10 +139,12 @@ class Programs:
         packet = self._packet
         lib.native_receive(connection.descriptor, packet)
         status = packet.status
-        if status == lib.STATUS_NOTHING:
+        if status == lib.STATUS_NOTHING or (status == lib.STATUS_CANCEL and connection.granted):
             return
         self.forget(connection)
-        if connection.waiter is not None:
+        if status == lib.STATUS_TAKEN and connection.granted:
+            self._taken(connection)
+        elif connection.waiter or connection.granted:
             self._withdraw(connection)
         if status == STATUS_LOCK:
             self._pass_on(connection)
@@ -151,7 +173,7 @@ class Programs:
         packet = self._packet
         if status == lib.STATUS_VERSION:
             connection.refuse(
-                f"the keeper (pid {lib.native_self()}) speaks version {lib.PROTOCOL_VERSION} of the protocol, this program "
+                f"the keeper (pid {lib.native_self()}) speaks protocol {lib.PROTOCOL_VERSION}, this program "
                 f"{self._body.version}: two versions of flockshim are in use; end the keeper's programs first"
             )
         elif status == lib.STATUS_FULL:
