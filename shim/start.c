@@ -14,6 +14,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
+#include <time.h>
 
 #include "start.h"
 #include "syscalls.h"
@@ -23,7 +24,8 @@
 #define MAX_VARIABLES 8192
 #define KERNEL_SIGNALS 64
 #define BACKLOG 4096
-#define LISTENER 3 /* the descriptor by which the keeper gets its socket */
+#define MAX_START_TRIES 1000 /* of 10 ms */
+#define LISTENER 3           /* the descriptor by which the keeper gets its socket */
 
 /* The kernel's struct sigaction: handler, flags, restorer, mask, on both architectures. */
 struct kernel_sigaction {
@@ -201,6 +203,18 @@ static void check_proc(struct start *start) {
              "the keeper cannot be started: /proc is that of another pid namespace; mount it anew");
 }
 
+/* Held while a keeper is started, for milliseconds; but whoever does so may be stopped just then,
+ * and our program hears no signal as long as we wait. */
+static void lock_start(struct start *start, int lock) {
+    const struct timespec pause = {.tv_nsec = 10 * 1000 * 1000};
+
+    for (int tries = 0; sys2(SYS_flock, lock, LOCK_EX | LOCK_NB) < 0; tries++) {
+        if (tries == MAX_START_TRIES)
+            fail(start, "another program that starts a keeper does not go on; continue or kill it");
+        sys2(SYS_nanosleep, &pause, NULL);
+    }
+}
+
 static void start_in_child(void *argument) {
     struct start *start = argument;
     int directory, lock;
@@ -210,8 +224,7 @@ static void start_in_child(void *argument) {
     check_proc(start);
     directory = open_directory(start);
     lock = open_in(start, directory, "start.lock", O_RDWR);
-    while (sys2(SYS_flock, lock, LOCK_EX) == -EINTR)
-        ;
+    lock_start(start, lock);
     if (is_listening(start->rendezvous))
         leave();
     start->log = open_in(start, directory, "keeper.log", O_WRONLY | O_APPEND);

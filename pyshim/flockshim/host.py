@@ -112,7 +112,7 @@ class _LockFile:
                 fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if not self.is_unlinked():
                     os.unlink(self.path)
-            except (BlockingIOError, FileNotFoundError):
+            except OSError:
                 pass
         self.close()
 

@@ -68,7 +68,8 @@ class Rendezvous:
             if not self.is_swept():
                 os.unlink(self.socket_path)
             self._remove_dead_sockets()
-        except BlockingIOError:
+        except OSError:
+            # Somebody starts a keeper; or the file system has become read-only.
             return False
         finally:
             os.close(start)
