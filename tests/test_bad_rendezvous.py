@@ -242,6 +242,8 @@ def test_there_is_no_dev_shm(files: Path) -> None:
     require(os.geteuid() == 0, "only root can mount", "run the tests as root")
     environment = shim_environment(Path("/"))
     del environment["FLOCKSHIM_DIR"]
+    for name in ("LD_PRELOAD", "FLOCKSHIM_PYTHON", "FLOCKSHIM_HOME"):
+        environment[name] = str(_moved(Path(environment[name])))
     fleet = Fleet(environment)
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
     try:

@@ -111,12 +111,16 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
     if not printing and not command:
         raise FlockshimError("no COMMAND given: see flockshim --help")
     environ = launch.environment(_own_environment(), **options)  # type: ignore[arg-type]
-    if environ["FLOCKSHIM_MODE"] == "success" and "FLOCKSHIM_QUIET" not in environ:
-        sys.stderr.write("flockshim: warning: in mode success locks that fail are reported as taken: nothing is safe\n")
     if printing:
+        _warn(environ)
         _print(_exports(environ))
         return 0
     return _become(command, environ)
+
+
+def _warn(environ: "dict[str, str]") -> None:
+    if environ["FLOCKSHIM_MODE"] == "success" and "FLOCKSHIM_QUIET" not in environ:
+        sys.stderr.write("flockshim: warning: in mode success locks that fail are reported as taken: nothing is safe\n")
 
 
 def _own_environment() -> "dict[str, str]":
@@ -138,6 +142,7 @@ def _become(command: "list[str]", environ: "dict[str, str]") -> int:
             path, arguments = executable.protected(command, environ)
         else:
             path, arguments = executable.find(command[0], environ), command
+        _warn(environ)
         os.execve(path, arguments, environ)
     except OSError as error:
         name = error.filename if isinstance(error.filename, str) else command[0]
