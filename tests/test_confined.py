@@ -340,12 +340,25 @@ def test_a_holder_that_becomes_a_set_uid_program(user_world: UserWorld) -> None:
         assert call.result() == OK
 
 
+def _processes_of(user: int) -> list[str]:
+    return [each.name for each in os.scandir("/proc") if each.name.isdigit() and _owner(each.path) == user]
+
+
+def _owner(path: str) -> int | None:
+    try:
+        return os.stat(path).st_uid
+    except FileNotFoundError:
+        return None
+
+
 def test_no_more_processes_are_allowed(
     request: pytest.FixtureRequest, rendezvous: Path, installation: tuple[Path, dict[str, str]]
 ) -> None:
     limit = ["prlimit", "--nproc=1:1"]
     world = _user_world(request, rendezvous, installation, *limit)
     try:
+        # Those of tests before count as long as nobody has waited for them.
+        await_true(lambda: not _processes_of(ORDINARY), "the user's other processes to be gone")
         driver, fd = world.opened()
         assert driver.flock(fd, EX) == errno.ENOSYS
         (line,) = world.fleet.errors().splitlines()
@@ -451,8 +464,8 @@ def test_a_keeper_without_descriptors(request: pytest.FixtureRequest, rendezvous
         child.kill()
         assert other.flock(other_fd, EX | NB) == OK
         assert keepers(rendezvous) == [keeper]
-        for each in (starter, crowd, other):
-            each.kill()
+        for driver in (starter, crowd, other):
+            driver.kill()
         end_keepers(rendezvous)
     assert world.end() == ""
 

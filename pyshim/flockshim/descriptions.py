@@ -81,8 +81,10 @@ class Descriptions:
         os.close(description.descriptor)
 
     def _search(self, descriptor: int) -> tuple[int, bool]:
-        error = ffi.new("int *")
         low, high = 0, len(self._items)
+        if not high:
+            return 0, False
+        error = ffi.new("int *")
         while low < high:
             middle = (low + high) // 2
             order = lib.native_compare(descriptor, self._items[middle].descriptor, error)

@@ -16,29 +16,9 @@ from support.worlds import World
 ORDINARY = 54321
 """A user and group of nobody's."""
 
-OLD_KERNEL = "ENOSYS:" + ",".join(
-    [
-        "pidfd_open",
-        "pidfd_getfd",
-        "pidfd_send_signal",
-        "close_range",
-        "statx",
-        "openat2",
-        "clone3",
-        "faccessat2",
-        "membarrier",
-        "getrandom",
-        "memfd_create",
-        "epoll_pwait2",
-        "copy_file_range",
-        "execveat",
-        "renameat2",
-        "preadv2",
-        "pwritev2",
-        "rseq",
-        "mlock2",
-        "bpf",
-    ]
+OLD_KERNEL = (
+    "ENOSYS:pidfd_open,pidfd_getfd,pidfd_send_signal,close_range,statx,openat2,clone3,faccessat2,membarrier,"
+    "getrandom,memfd_create,epoll_pwait2,copy_file_range,execveat,renameat2,preadv2,pwritev2,rseq,mlock2,bpf"
 )
 """A rule for what Linux 3.10 has not got."""
 
