@@ -8,7 +8,6 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include "native.h"
@@ -17,19 +16,22 @@
 #ifndef SYS_pidfd_getfd
 #define SYS_pidfd_getfd 438
 #endif
+#define KEEPERS_LISTENER 3   /* as start.c hands it over */
 #define MOST_PER_MESSAGE 253 /* SCM_MAX_FD */
 
 /* A keeper's clients have open what they send to it, so nothing hangs on what waits in its
  * listener. */
-static int is_keepers_listener(int socket) {
-    struct sockaddr_un name = {0};
-    socklen_t size = sizeof name;
-    const char *last;
+static int is_keepers_listener(pid_t pid, int number) {
+    struct mapped_text arguments;
+    char name[64];
+    int is_keeper;
 
-    if (getsockname(socket, (struct sockaddr *)&name, &size) < 0 || name.sun_family != AF_UNIX)
+    snprintf(name, sizeof name, "/proc/%d/cmdline", pid);
+    if (number != KEEPERS_LISTENER || !mapped_text_read(&arguments, name))
         return 0;
-    last = strrchr(name.sun_path, '/');
-    return last && strncmp(last, "/k-", 3) == 0;
+    is_keeper = mapped_text_mentions(&arguments, "/flockshim/keeper.py", "");
+    mapped_text_free(&arguments);
+    return is_keeper;
 }
 
 /* How many descriptions the first message carries, or -errno; *found where ours is among them. */
@@ -71,7 +73,7 @@ static int carries(int socket, int kept, pid_t pid, int number) {
     if (count == -EAGAIN)
         return 0;
     if (count < 0)
-        return !is_keepers_listener(socket);
+        return 1;
     return found || count < socket_under_way(pid, number);
 }
 
@@ -92,5 +94,5 @@ int socket_may_carry(pid_t pid, int number, int kept) {
         close(socket);
     if (process >= 0)
         close(process);
-    return result;
+    return result && !is_keepers_listener(pid, number);
 }
