@@ -233,7 +233,7 @@ def test_what_was_wrong_can_be_put_right(attempt: Begin, rendezvous: Path) -> No
 # Both are hidden in a mount namespace; what the test itself needs of /tmp is then found in /mnt.
 WITHOUT_SHARED_MEMORY = """
 mount --rbind /tmp /mnt && mount -t tmpfs none /tmp && mount -t tmpfs -o ro none /dev/shm &&
-exec "$@"
+exec env LD_PRELOAD="$MOVED_LIBRARY" "$@"
 """
 
 
@@ -242,7 +242,9 @@ def test_there_is_no_dev_shm(files: Path) -> None:
     require(os.geteuid() == 0, "only root can mount", "run the tests as root")
     environment = shim_environment(Path("/"))
     del environment["FLOCKSHIM_DIR"]
-    for name in ("LD_PRELOAD", "FLOCKSHIM_PYTHON", "FLOCKSHIM_HOME"):
+    # The installation may lie in /tmp too.
+    environment["MOVED_LIBRARY"] = environment.pop("LD_PRELOAD")
+    for name in ("MOVED_LIBRARY", "FLOCKSHIM_PYTHON", "FLOCKSHIM_HOME"):
         environment[name] = str(_moved(Path(environment[name])))
     fleet = Fleet(environment)
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
