@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TICK_SECONDS = 1.0
+SPIN_TRIES = 10
 
 
 class Loop:
@@ -46,7 +47,7 @@ class Loop:
         handlers, poll, monotonic = self._handlers, self._epoll.poll, time.monotonic
         next_tick = monotonic() + TICK_SECONDS
         while os.getppid() == parent:
-            events = poll(TICK_SECONDS)
+            events = _poll_soon(poll) or poll(TICK_SECONDS)
             if len(events) > 1:
                 events.sort(key=lambda event: event[0] != self._first)
             for descriptor, _ in events:
@@ -60,6 +61,16 @@ class Loop:
                 tick(now)
         signal.set_wakeup_fd(-1)
         self._epoll.close()
+
+
+def _poll_soon(poll: Callable[[float], list[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """Look again a few times before sleeping: being woken takes longer than many a program holds its lock."""
+    for _ in range(SPIN_TRIES):
+        events = poll(0)
+        if events:
+            return events
+        os.sched_yield()
+    return []
 
 
 def _drain(pipe: int) -> None:
