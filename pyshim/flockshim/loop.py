@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 TICK_SECONDS = 1.0
-SPIN_TRIES = 10
+SPIN_TRIES = 25
 
 
 class Loop:
