@@ -83,7 +83,9 @@ class Driver:
         """Send a command without waiting for the answer."""
         token = str(next(self.tokens))
         self.answers[token] = []
-        packet = " ".join([token, name, *map(str, args)]).encode()
+        # Signals are numbers; before Python 3.11 str() gives their names.
+        words = [str(int(arg)) if isinstance(arg, int) else str(arg) for arg in args]
+        packet = " ".join([token, name, *words]).encode()
         rights = [] if passed is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _fds(passed))]
         self.control.sendmsg([packet], rights)
         return Call(self, token)
