@@ -18,7 +18,7 @@ from support.confine import (
     mounted,
 )
 from support.driver import BUSY, EX, NB, OK, SH, UN, connect
-from support.groups import ControlGroup, NoControlGroups
+from support.groups import ControlGroup
 from support.keepers import end_keepers, keeper_processes, keepers
 from support.proc import await_true, snapshot
 from support.worlds import World
@@ -175,17 +175,6 @@ def test_in_a_container_two_descriptions_of_one_process(blind_world: World) -> N
 
 
 # Two keepers without events between them
-
-
-@pytest.fixture
-def group() -> Iterator[ControlGroup]:
-    try:
-        group = ControlGroup()
-    except NoControlGroups as error:
-        require(False, f"no control group can be made: {error}", "run as root on cgroup v2 or v1")
-        raise
-    yield group
-    group.remove()
 
 
 def test_two_keepers_without_inotify(request: pytest.FixtureRequest, rendezvous: Path, group: ControlGroup) -> None:

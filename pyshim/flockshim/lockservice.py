@@ -69,11 +69,11 @@ class LockService:
             file.descriptions.add(description)
             file.lock.adopt(description, exclusive)
             self.processes.add(pid, description)
+        needed = self._needed()
         for key, descriptor in proxies.items():
-            known = self.files.get(key)
-            self._host.adopt(key, descriptor, any(known.lock.holders.values()) if known else None)
+            self._host.adopt(key, descriptor, needed.get(key))
         # What is held must be locked, whatever has become of its proxy.
-        self._host.restore(self._needed())
+        self._host.restore(needed)
 
     def restore_proxies(self) -> list[Key]:
         """Make the proxies again in a new directory. Returns the files that somebody else has locked meanwhile."""

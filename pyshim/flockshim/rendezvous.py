@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -80,7 +81,7 @@ class Rendezvous:
         for key in self._other_keys():
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
                 probe.setblocking(False)
-                if probe.connect_ex(self._socket_of(key)) == 111:
+                if probe.connect_ex(self._socket_of(key)) == errno.ECONNREFUSED:
                     os.unlink(self._socket_of(key))
 
     def is_swept(self) -> bool:
