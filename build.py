@@ -17,8 +17,19 @@ from setuptools.command.build_ext import build_ext
 ROOT = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "flockshim.libflockshim"
 
-SHIM_SOURCES = ["flock", "client", "start", "rendezvous", "report", "config", "text", "memory"]
-NATIVE_SOURCES = ["requests", "process", "descriptions", "search", "inflight", "processes"]
+CLIENT_SOURCES = ["lock", "client", "channel", "start", "rendezvous", "report", "config", "text"]
+SHIM_SOURCES = ["flock", *CLIENT_SOURCES, "memory"]
+NATIVE_SOURCES = [
+    *CLIENT_SOURCES,
+    "requests",
+    "listing",
+    "process",
+    "descriptions",
+    "search",
+    "inflight",
+    "processes",
+    "probes",
+]
 
 STRICT = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 # No libc: one file for glibc of any age and for musl. The compiler must not call it behind our back either.
@@ -49,6 +60,7 @@ CDEF = """
         uint64_t device;
         uint64_t inode;
         uint32_t flags;
+        int32_t timeout;
         ...;
     };
     struct native_packet {
@@ -66,8 +78,19 @@ CDEF = """
         int number;
         ...;
     };
+    struct config {
+        const char *bad;
+        ...;
+    };
+    struct client_wait {
+        int timeout;
+        int cancel;
+        int timed_out;
+        char refusal[...];
+    };
     #define PROTOCOL_VERSION ...
     #define STATUS_LOCK ...
+    #define STATUS_LIST ...
     #define STATUS_CANCEL ...
     #define STATUS_TAKEN ...
     #define STATUS_NOTHING ...
@@ -78,13 +101,21 @@ CDEF = """
     #define KIND_REDIRECT ...
     #define KIND_WAITING ...
     #define KIND_GRANT ...
-    #define FLAG_VERBOSE ...
+    #define KIND_TIMEOUT ...
+    #define FLAG_TELL ...
+
+    void config_read(struct config *config, char **environment);
+    int config_triggers(const struct config *config, int error);
+    int lock_by_kernel(const struct config *config, int descriptor, int operation);
+    int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor, int operation,
+                     int kernel_error);
 
     void native_accept(int listener, struct native_packet *packet);
     void native_receive(int connection, struct native_packet *packet);
     void native_stop_receiving(int connection);
     void native_send(int connection, int kind, int error, const char *text);
     void native_answer(int connection, int kind, int error, const char *text);
+    int native_ask_for_list(const char *socket_path, int descriptor, int milliseconds);
     int native_try_lock(int descriptor, int exclusive);
     int native_same_description(int one, int other);
     int native_compare(int one, int other, int *error);
@@ -99,6 +130,8 @@ CDEF = """
     int native_inotify_init(void);
     int native_inotify_add_watch(int inotify, const char *path, uint32_t mask);
     int native_inotify_rm_watch(int inotify, int watch);
+    int native_raw_flock(int descriptor, int operation);
+    int native_raw_record_lock(int descriptor, int type, int of_description, int wait);
 """
 
 

@@ -1,11 +1,14 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stddef.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <time.h>
 
+#include "channel.h"
 #include "client.h"
 #include "protocol.h"
 #include "rendezvous.h"
@@ -18,19 +21,22 @@
 #define MAX_LOST 20
 #define MAX_STARTS 5
 #define SPIN_NANOSECONDS 50000
+#define NANOSECONDS_IN_A_SECOND INT64_C(1000000000)
+#define NANOSECONDS_IN_A_MILLISECOND 1000000
 
 enum outcome { ANSWERED, LOST, NO_KEEPER, REDIRECTED, REFUSED };
 
 struct call {
     const struct config *config;
+    struct client_wait *wait;
     struct rendezvous rendezvous;
     struct protocol_request request;
     int blocking;
-    long socket;
-    ino_t socket_inode;
+    struct channel channel;
     struct protocol_answer answer;
     const char *refusal;
-    int waited;      /* and the user was told */
+    int64_t begin;   /* monotonic, nanoseconds */
+    int told;        /* the user, of our waiting */
     int interrupted; /* by a signal, and then the keeper was lost */
 };
 
@@ -39,83 +45,21 @@ static enum outcome refuse(struct call *call, const char *why) {
     return REFUSED;
 }
 
-/* Another thread may close every descriptor while this one waits, and open its own. */
-static int is_our_socket(const struct call *call) {
-    struct stat status;
-
-    return sys2(SYS_fstat, call->socket, &status) == 0 && status.st_ino == call->socket_inode &&
-           S_ISSOCK(status.st_mode);
-}
-
-static void close_socket(const struct call *call) {
-    if (is_our_socket(call))
-        sys1(SYS_close, call->socket);
-}
-
-static enum outcome open_socket(struct call *call) {
-    struct stat status;
-
-    call->socket = sys3(SYS_socket, AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    if (call->socket == -EMFILE || call->socket == -ENFILE)
-        return refuse(call,
-                      "no descriptor is left for asking the keeper; raise the limit (ulimit -n)");
-    if (call->socket < 0)
-        return refuse(call, "no socket can be made for asking the keeper");
-    sys2(SYS_fstat, call->socket, &status);
-    call->socket_inode = status.st_ino;
-    return ANSWERED;
-}
-
-/* A socket of somebody else's in the directory's place would hand out locks as it likes: unix(7),
- * SO_PEERCRED. */
 static enum outcome connect_keeper(struct call *call) {
-    struct ucred peer;
-    int size = sizeof peer;
-    long result;
+    long result = channel_connect(&call->channel, &call->rendezvous.address);
 
-    do
-        result = sys3(SYS_connect, call->socket, &call->rendezvous.address,
-                      sizeof call->rendezvous.address);
-    while (result == -EINTR);
-    if (result < 0)
-        return NO_KEEPER;
-    if (sys5(SYS_getsockopt, call->socket, SOL_SOCKET, SO_PEERCRED, &peer, &size) < 0 ||
-        peer.uid != sys0(SYS_geteuid))
+    if (result == -EPERM)
         return refuse(call, "the keeper's socket belongs to another user; set FLOCKSHIM_DIR");
-    return ANSWERED;
+    return result < 0 ? NO_KEEPER : ANSWERED;
 }
 
-static long send_request(struct call *call, int with_descriptor) {
-    union {
-        struct cmsghdr head;
-        char bytes[CMSG_SPACE(sizeof(int))];
-    } control = {.head = {.cmsg_len = CMSG_LEN(sizeof(int)),
-                          .cmsg_level = SOL_SOCKET,
-                          .cmsg_type = SCM_RIGHTS}};
-    struct iovec part = {.iov_base = &call->request, .iov_len = sizeof call->request};
-    struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
-    long result;
+static long send_word(const struct call *call, enum protocol_kind kind) {
+    struct protocol_request word = call->request;
 
-    if (with_descriptor) {
-        *(int *)CMSG_DATA(&control.head) = call->request.descriptor;
-        message.msg_control = &control;
-        message.msg_controllen = sizeof control;
-    }
-    do
-        result = sys3(SYS_sendmsg, call->socket, &message, MSG_NOSIGNAL);
-    while (result == -EINTR);
-    return result;
-}
-
-static long send_word(struct call *call, enum protocol_kind kind) {
-    long result;
-
-    if (!is_our_socket(call))
+    if (!channel_is_intact(&call->channel))
         return -EBADF;
-    call->request.kind = (uint16_t)kind;
-    result = send_request(call, 0);
-    call->request.kind = KIND_LOCK;
-    return result;
+    word.kind = (uint16_t)kind;
+    return channel_send(&call->channel, &word, 0);
 }
 
 /* A descriptor that was closed while its lock call waited may be another file by now. If granted
@@ -137,16 +81,25 @@ static enum outcome lose(struct call *call, int cancelled) {
     return LOST;
 }
 
-static long receive(struct call *call, int flags) {
-    return sys6(SYS_recvfrom, call->socket, SYS_ARG(&call->answer), sizeof call->answer - 1, flags,
-                0, 0);
-}
-
 static int64_t now_in_nanoseconds(void) {
     struct timespec now = {0};
 
     sys2(SYS_clock_gettime, CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+    return (int64_t)now.tv_sec * NANOSECONDS_IN_A_SECOND + now.tv_nsec;
+}
+
+/* Of the timeout, in milliseconds: a keeper may have been lost meanwhile. */
+static int32_t time_left(const struct call *call) {
+    int64_t passed;
+
+    if (call->wait->timeout < 0)
+        return -1;
+    passed = (now_in_nanoseconds() - call->begin) / NANOSECONDS_IN_A_MILLISECOND;
+    return passed < call->wait->timeout ? (int32_t)(call->wait->timeout - passed) : 0;
+}
+
+static long receive(struct call *call, int flags) {
+    return channel_receive(&call->channel, &call->answer, flags);
 }
 
 /* An answer mostly comes within some ten microseconds: less than a processor may need to fall
@@ -165,6 +118,20 @@ static long receive_soon(struct call *call) {
     return got;
 }
 
+/* Only our own callers can cancel. They have no SA_RESTART to heed: poll(2) is never restarted. */
+static long receive_unless_cancelled(struct call *call) {
+    struct pollfd events[] = {{.fd = (int)call->channel.socket, .events = POLLIN},
+                              {.fd = call->wait->cancel, .events = POLLIN}};
+    long result;
+
+    if (call->wait->cancel < 0 || !call->blocking)
+        return receive(call, 0);
+    result = sys5(SYS_ppoll, events, 2, NULL, NULL, 0);
+    if (result < 0)
+        return result;
+    return events[0].revents ? receive(call, MSG_DONTWAIT) : -EINTR;
+}
+
 /* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
  * interruption the keeper has the last word, since it may have granted the lock just before. */
 static enum outcome receive_answer(struct call *call) {
@@ -174,7 +141,7 @@ static enum outcome receive_answer(struct call *call) {
         long got = receive_soon(call);
 
         if (got == -EAGAIN)
-            got = receive(call, 0);
+            got = cancelled ? receive(call, 0) : receive_unless_cancelled(call);
         if (got == -EINTR) {
             if (call->blocking && !cancelled) {
                 send_word(call, KIND_CANCEL);
@@ -188,41 +155,44 @@ static enum outcome receive_answer(struct call *call) {
             reset = 1;
             continue;
         }
-        if (got < PROTOCOL_ANSWER_HEAD || call->answer.magic != PROTOCOL_MAGIC) {
+        if (got < PROTOCOL_ANSWER_HEAD || call->answer.magic != PROTOCOL_MAGIC)
             return lose(call, cancelled);
-        }
-        ((char *)&call->answer)[got] = 0;
         if (call->answer.kind == KIND_WAITING) {
             report_waiting(call->config, call->request.descriptor, call->answer.text);
-            call->waited = 1;
+            call->told = 1;
+            call->request.flags = 0;
             continue;
         }
         /* The lock is ours only if the keeper learns that we are still here: a call that was left
          * by longjmp(3) or exec, or is stopped, must not be served. */
         if (call->answer.kind == KIND_GRANT && send_word(call, KIND_TAKEN) < 0)
             return is_same_file(call) ? lose(call, cancelled) : ANSWERED;
-        if (call->answer.kind == KIND_REFUSAL)
+        call->wait->timed_out = call->answer.kind == KIND_TIMEOUT;
+        if (call->answer.kind == KIND_REFUSAL || call->answer.kind == KIND_TIMEOUT)
             return refuse(call, call->answer.text);
         return call->answer.kind == KIND_REDIRECT ? REDIRECTED : ANSWERED;
     }
 }
 
 static enum outcome ask(struct call *call) {
-    enum outcome outcome = open_socket(call);
+    enum outcome outcome;
+    const char *failure = channel_open(&call->channel);
 
-    if (outcome != ANSWERED)
-        return outcome;
+    if (failure)
+        return refuse(call, failure);
     outcome = connect_keeper(call);
     if (outcome == ANSWERED) {
-        long sent = send_request(call, 1);
+        long sent;
 
+        call->request.timeout = time_left(call);
+        sent = channel_send(&call->channel, &call->request, 1);
         if (sent == -ETOOMANYREFS)
             outcome =
                 refuse(call, "too many descriptors are on their way; raise the limit (ulimit -n)");
         else
             outcome = sent < 0 ? LOST : receive_answer(call);
     }
-    close_socket(call);
+    channel_close(&call->channel);
     return outcome;
 }
 
@@ -265,46 +235,67 @@ static enum outcome ask_until_answered(struct call *call) {
                   "the keeper does not stay alive; see keeper.log in the rendezvous directory");
 }
 
-int client_flock(const struct config *config, int descriptor, int operation, int kernel_error) {
-    struct call call = {.config = config, .blocking = !(operation & LOCK_NB)};
+/* An ioctl that only terminals know: isatty(3). */
+static int is_terminal(int descriptor) {
+    char settings[256];
+
+    return sys3(SYS_ioctl, descriptor, TCGETS, settings) == 0;
+}
+
+static int shall_tell(const struct call *call) {
+    return call->blocking && !call->config->quiet && (call->config->verbose || is_terminal(2));
+}
+
+static enum outcome prepare(struct call *call, const struct stat *status, int operation) {
+    int descriptor = call->request.descriptor;
+
+    call->begin = now_in_nanoseconds();
+    call->blocking = !(operation & (LOCK_NB | LOCK_UN));
+    call->request =
+        (struct protocol_request){.magic = PROTOCOL_MAGIC,
+                                  .version = PROTOCOL_VERSION,
+                                  .kind = KIND_LOCK,
+                                  .operation = operation & LOCK_UN ? LOCK_UN : operation,
+                                  .descriptor = descriptor,
+                                  .device = status->st_dev,
+                                  .inode = status->st_ino,
+                                  .flags = shall_tell(call) ? FLAG_TELL : 0};
+    if (call->config->bad) {
+        struct text text = text_over(call->answer.text, sizeof call->answer.text);
+
+        text_add(&text, call->config->bad);
+        text_add(&text, " cannot be understood; see flockshim --help");
+        return refuse(call, call->answer.text);
+    }
+    if (rendezvous_find(call->config, &call->rendezvous) < 0)
+        return refuse(call, "the name of the rendezvous directory is too long; set FLOCKSHIM_DIR");
+    return ANSWERED;
+}
+
+static void note_refusal(struct call *call) {
+    struct text text = text_over(call->wait->refusal, sizeof call->wait->refusal);
+
+    text_add(&text, call->refusal);
+}
+
+int client_flock(const struct config *config, struct client_wait *wait, int descriptor,
+                 int operation) {
+    struct call call = {.config = config, .wait = wait, .request.descriptor = descriptor};
     struct stat status;
     int result = (int)sys2(SYS_fstat, descriptor, &status);
+    enum outcome outcome;
 
-    if (operation & LOCK_UN) {
-        operation = LOCK_UN;
-        call.blocking = 0;
-    }
     if (result < 0)
         return result;
-    call.request = (struct protocol_request){.magic = PROTOCOL_MAGIC,
-                                             .version = PROTOCOL_VERSION,
-                                             .kind = KIND_LOCK,
-                                             .operation = operation,
-                                             .descriptor = descriptor,
-                                             .device = status.st_dev,
-                                             .inode = status.st_ino,
-                                             .flags = config->verbose ? FLAG_VERBOSE : 0};
-    if (config->bad) {
-        char what[128];
-        struct text text = text_over(what, sizeof what);
-
-        text_add(&text, config->bad);
-        text_add(&text, " cannot be understood; see flockshim --help");
-        report(config, descriptor, what);
-        return -kernel_error;
-    }
-    if (rendezvous_find(config, &call.rendezvous) < 0) {
-        report(config, descriptor,
-               "the name of the rendezvous directory is too long; set FLOCKSHIM_DIR");
-        return -kernel_error;
-    }
-    if (ask_until_answered(&call) == REFUSED && !call.interrupted) {
-        report(config, descriptor, call.refusal);
-        return -kernel_error;
-    }
-    if (call.interrupted && (call.refusal || call.answer.error == EWOULDBLOCK))
+    outcome = prepare(&call, &status, operation);
+    if (outcome == ANSWERED)
+        outcome = ask_until_answered(&call);
+    if (call.interrupted && (outcome == REFUSED || call.answer.error == EWOULDBLOCK))
         return -EINTR;
-    if (call.waited && !call.answer.error)
-        report_waited(config, descriptor);
+    if (outcome == REFUSED)
+        note_refusal(&call);
+    else if (call.told && !call.answer.error)
+        report_waited(config, descriptor,
+                      (now_in_nanoseconds() - call.begin) / NANOSECONDS_IN_A_SECOND);
     return -call.answer.error;
 }

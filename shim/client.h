@@ -3,10 +3,19 @@
 #define FLOCKSHIM_CLIENT_H
 
 #include "config.h"
+#include "protocol.h"
 
-/* Does what flock(2) would have done, by the keeper. Returns 0 or -errno; where the protection
- * cannot be given, reports why and returns -kernel_error, the errno with which the kernel refused.
- */
-int client_flock(const struct config *config, int descriptor, int operation, int kernel_error);
+/* How a blocking call waits, and what became of it. */
+struct client_wait {
+    int timeout;   /* milliseconds; negative: for ever */
+    int cancel;    /* a descriptor that is readable when the wait shall end as by a signal; or -1 */
+    int timed_out; /* out: the refusal is that the timeout is over */
+    char refusal[PROTOCOL_TEXT]; /* out: why the protection cannot be given, or empty */
+};
+
+/* Does what flock(2) would have done, by the keeper. Returns 0 or -errno, which means nothing where
+ * wait->refusal is set. */
+int client_flock(const struct config *config, struct client_wait *wait, int descriptor,
+                 int operation);
 
 #endif

@@ -65,6 +65,24 @@ static void set_simulate(struct config *config, const char *value) {
         copy_path(config, config->simulate_directory, value + 1, "FLOCKSHIM_SIMULATE");
 }
 
+/* Seconds, with at most three decimals. */
+static void set_timeout(struct config *config, const char *value) {
+    int seconds = take_number(&value);
+    int unit = 1000;
+    int milliseconds = 0;
+
+    if (*value == '.') {
+        for (value++; *value >= '0' && *value <= '9' && unit > 1; value++) {
+            unit /= 10;
+            milliseconds += (*value - '0') * unit;
+        }
+    }
+    if (seconds < 0 || *value)
+        config->bad = "FLOCKSHIM_TIMEOUT";
+    else
+        config->timeout = seconds * 1000 + milliseconds;
+}
+
 static int is_on(const char *value) {
     return *value && !text_equal(value, "0");
 }
@@ -85,6 +103,8 @@ static void set(struct config *config, const char *entry) {
         config->quiet = is_on(value);
     else if ((value = text_after(entry, "VERBOSE=")))
         config->verbose = is_on(value);
+    else if ((value = text_after(entry, "TIMEOUT=")) && *value)
+        set_timeout(config, value);
     else if ((value = text_after(entry, "SIMULATE=")) && *value)
         set_simulate(config, value);
     else if ((value = text_after(entry, "DIR=")))
@@ -104,24 +124,23 @@ static void note_standard_error(struct config *config) {
     }
 }
 
-static void load(void) {
+void config_read(struct config *config, char **environment) {
     static const int defaults[] = {ENOSYS, EOPNOTSUPP, ENOLCK, ERRNO_KERNEL_ENOTSUPP};
 
-    the_config.trigger_count = sizeof defaults / sizeof *defaults;
-    for (int i = 0; i < the_config.trigger_count; i++)
-        the_config.triggers[i] = defaults[i];
-    if (&environ && environ) {
-        for (char **entry = environ; *entry; entry++)
-            set(&the_config, *entry);
-    }
-    note_standard_error(&the_config);
-    __atomic_store_n(&the_config.loaded, 1, __ATOMIC_RELEASE);
+    config->timeout = -1;
+    config->trigger_count = sizeof defaults / sizeof *defaults;
+    for (int i = 0; i < config->trigger_count; i++)
+        config->triggers[i] = defaults[i];
+    while (environment && *environment)
+        set(config, *environment++);
+    note_standard_error(config);
+    __atomic_store_n(&config->loaded, 1, __ATOMIC_RELEASE);
 }
 
 /* Another library's constructor may lock before ours has run. */
 const struct config *config_get(void) {
     if (!__atomic_load_n(&the_config.loaded, __ATOMIC_ACQUIRE))
-        load();
+        config_read(&the_config, &environ ? environ : NULL);
     return &the_config;
 }
 

@@ -23,6 +23,7 @@ struct config {
     int force;
     int quiet;
     int verbose;
+    int timeout; /* milliseconds that a lock may be waited for; negative: for ever */
     uint64_t error_device, error_inode; /* the standard error that the program was started with */
     int simulate; /* errno that stands in for the kernel's answer; 0: ask the kernel */
     int triggers[CONFIG_MAX_TRIGGERS];
@@ -34,7 +35,10 @@ struct config {
     char home[CONFIG_MAX_PATH];
 };
 
+/* The settings of this process. */
 const struct config *config_get(void);
+/* Those of an environment: "NAME=value" strings, NULL at the end. */
+void config_read(struct config *config, char **environment);
 int config_triggers(const struct config *config, int error);
 
 extern char **environ __attribute__((weak));

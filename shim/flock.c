@@ -1,75 +1,26 @@
 /* flock(2), the only thing a program sees of us. */
 #include <errno.h>
-#include <fcntl.h>
-#include <sys/file.h>
-#include <sys/stat.h>
 
-#include "client.h"
-#include "config.h"
+#include "lock.h"
 #include "report.h"
-#include "syscalls.h"
-#include "text.h"
 
 __attribute__((visibility("default"))) int flock(int descriptor, int operation);
 
-static int is_below(int descriptor, const char *directory) {
-    char path[CONFIG_MAX_PATH];
-    const char *rest;
+static int emulated(const struct config *config, int descriptor, int operation, int kernel_error) {
+    struct client_wait wait = {.timeout = config->timeout, .cancel = -1};
+    int result = lock_by_mode(config, &wait, descriptor, operation, kernel_error);
 
-    path_of_descriptor(descriptor, path, sizeof path);
-    rest = text_after(path, directory);
-    return rest && (!*rest || *rest == '/' || text_equal(directory, "/"));
-}
-
-/* Calls that the kernel would refuse whatever the file system are left to it, so that its EBADF and
- * EINVAL are the program's: bad and O_PATH descriptors, and those opened for neither reading nor
- * writing. */
-static int is_lockable(int descriptor, int operation, struct stat *status) {
-    int plain = operation & ~LOCK_NB;
-    long flags = sys3(SYS_fcntl, descriptor, F_GETFL, 0);
-
-    return (plain == LOCK_SH || plain == LOCK_EX || plain == LOCK_UN) && flags >= 0 &&
-           !(flags & O_PATH) && (flags & O_ACCMODE) != O_ACCMODE &&
-           sys2(SYS_fstat, descriptor, status) == 0;
-}
-
-/* The errno that takes the place of the kernel's answer, or 0: ask it. File systems that cannot
- * lock refuse regular files only; --force is for any file that programs lock by name. */
-static int answer_without_kernel(const struct config *config, int descriptor, int operation) {
-    struct stat status;
-
-    if ((!config->force && !config->simulate) || !is_lockable(descriptor, operation, &status))
-        return 0;
-    if (config->simulate && S_ISREG(status.st_mode) &&
-        (!*config->simulate_directory || is_below(descriptor, config->simulate_directory)))
-        return config->simulate;
-    if (config->force && (S_ISREG(status.st_mode) || S_ISDIR(status.st_mode)))
-        return ENOSYS;
-    return 0;
-}
-
-static int emulated_flock(int descriptor, int operation) {
-    const struct config *config = config_get();
-    int error = answer_without_kernel(config, descriptor, operation);
-
-    if (!error) {
-        error = -(int)sys2(SYS_flock, descriptor, operation);
-        if (!error || !config_triggers(config, error))
-            return -error;
-    }
-    switch (config->mode) {
-    case MODE_SUCCESS:
-        return 0;
-    case MODE_FAIL:
-        return -error;
-    default:
-        return client_flock(config, descriptor, operation, error);
-    }
+    if (*wait.refusal)
+        report(config, descriptor, wait.refusal);
+    return result;
 }
 
 int flock(int descriptor, int operation) {
-    int result = emulated_flock(descriptor, operation);
+    const struct config *config = config_get();
+    int result = lock_by_kernel(config, descriptor, operation);
 
+    if (config_triggers(config, -result))
+        result = emulated(config, descriptor, operation, -result);
     if (result < 0) {
         errno = -result;
         return -1;

@@ -5,10 +5,13 @@
 #include <stdint.h>
 #include <sys/types.h>
 
+#include "config.h"
+#include "lock.h"
 #include "protocol.h"
 
 enum native_status {
     STATUS_LOCK,    /* a request, with its description */
+    STATUS_LIST,    /* a descriptor to which the list of all locks shall be written */
     STATUS_CANCEL,  /* a waiting call was interrupted */
     STATUS_TAKEN,   /* a grant has reached its program */
     STATUS_NOTHING, /* no packet yet */
@@ -34,6 +37,10 @@ void native_send(int connection, int kind, int error, const char *text);
 void native_stop_receiving(int connection);
 /* Sends the answer and closes the connection. */
 void native_answer(int connection, int kind, int error, const char *text);
+
+/* Has the keeper that listens there write its list to `descriptor`, a file. 0, or -errno: -ETIME
+ * where it does not answer, -EPROTO where it is of another version. */
+int native_ask_for_list(const char *socket_path, int descriptor, int milliseconds);
 
 /* flock(2) without waiting: 1 if it was had, 0 if not, -ENOENT if it was had on an unlinked file.
  */
@@ -83,5 +90,10 @@ int native_pidfd_open(int pid);
 int native_inotify_init(void);
 int native_inotify_add_watch(int inotify, const char *path, uint32_t mask);
 int native_inotify_rm_watch(int inotify, int watch);
+
+/* What the kernel says to a lock call, for --check: 0 or -errno. A record lock is of the whole
+ * file, its type F_RDLCK, F_WRLCK or F_UNLCK. */
+int native_raw_flock(int descriptor, int operation);
+int native_raw_record_lock(int descriptor, int type, int of_description, int wait);
 
 #endif

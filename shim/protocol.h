@@ -7,9 +7,9 @@
 #include <stdint.h>
 
 #define PROTOCOL_MAGIC 0x4b434c46u
-#define PROTOCOL_VERSION 1
+#define PROTOCOL_VERSION 2
 #define PROTOCOL_TEXT 400
-#define FLAG_VERBOSE 1u
+#define FLAG_TELL 1u
 
 enum protocol_kind {
     KIND_LOCK = 1, /* with the descriptor attached; operation as in flock(2) */
@@ -18,9 +18,11 @@ enum protocol_kind {
     KIND_ANSWER = 3,   /* error is 0 or the errno for the program */
     KIND_REFUSAL = 4,  /* the protection cannot be given; text says why */
     KIND_REDIRECT = 5, /* another keeper has this description; text is its key */
-    KIND_WAITING = 6, /* not yet; text is who holds the lock. Only where FLAG_VERBOSE asks for it */
+    KIND_WAITING = 6,  /* not yet; text is who holds the lock. Only where FLAG_TELL asks for it */
     KIND_GRANT = 7, /* granted after a wait, if the program is still there: it answers KIND_TAKEN */
     KIND_TAKEN = 8,
+    KIND_TIMEOUT = 9, /* a refusal: timeout is over */
+    KIND_LIST = 10,   /* write who holds and who waits, as JSON, to the descriptor attached */
 };
 
 struct protocol_request {
@@ -33,7 +35,7 @@ struct protocol_request {
     uint64_t device;
     uint64_t inode;
     uint32_t flags;
-    uint32_t unused;
+    int32_t timeout; /* milliseconds; negative: for ever */
 };
 
 struct protocol_answer {

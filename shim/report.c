@@ -29,16 +29,18 @@ static int is_standard_error(const struct config *config) {
             (status.st_dev == config->error_device && status.st_ino == config->error_inode));
 }
 
-/* Not even a pipe that nobody reads may make a difference to the program: pipe(7), SIGPIPE. */
+/* Neither a pipe that nobody reads may make a difference to the program (pipe(7), SIGPIPE) nor a
+ * terminal that stops writers in the background (termios(3), TOSTOP). */
 static void write_error(const struct config *config, const char *line, size_t length) {
     const uint64_t pipe = (uint64_t)1 << (SIGPIPE - 1);
+    const uint64_t blocked = pipe | (uint64_t)1 << (SIGTTOU - 1);
     const struct timespec at_once = {0};
     uint64_t before, pending = 0;
 
     if (!is_standard_error(config))
         return;
     sys2(SYS_rt_sigpending, &pending, sizeof pending);
-    sys4(SYS_rt_sigprocmask, SIG_BLOCK, &pipe, &before, sizeof pipe);
+    sys4(SYS_rt_sigprocmask, SIG_BLOCK, &blocked, &before, sizeof blocked);
     if (sys3(SYS_write, 2, line, length) == -EPIPE && !(pending & pipe))
         sys4(SYS_rt_sigtimedwait, &pipe, NULL, &at_once, sizeof pipe);
     sys4(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
@@ -69,6 +71,14 @@ void report_waiting(const struct config *config, int descriptor, const char *hol
     say(config, "waiting for the lock on ", descriptor, ", held by ", holder);
 }
 
-void report_waited(const struct config *config, int descriptor) {
-    say(config, "got the lock on ", descriptor, "", "");
+void report_waited(const struct config *config, int descriptor, long seconds) {
+    char after[32];
+    struct text text = text_over(after, sizeof after);
+
+    if (!seconds)
+        return;
+    text_add(&text, " after ");
+    text_add_number(&text, seconds);
+    text_add(&text, " s");
+    say(config, "got the lock on ", descriptor, after, "");
 }

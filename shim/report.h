@@ -1,5 +1,4 @@
-/* What the user is told on stderr: why a lock could not be given, and, if asked for, who is waited
- * for. */
+/* What the user is told on stderr: why a lock could not be given, and who is waited for. */
 #ifndef FLOCKSHIM_REPORT_H
 #define FLOCKSHIM_REPORT_H
 
@@ -8,9 +7,9 @@
 /* "flockshim: cannot lock PATH: WHAT", nothing where the user asked for quiet. */
 void report(const struct config *config, int descriptor, const char *what);
 
-/* With --verbose: a blocking call that has to wait, and its end. */
+/* A blocking call that has to wait, and its end where that took a second or more. */
 void report_waiting(const struct config *config, int descriptor, const char *holder);
-void report_waited(const struct config *config, int descriptor);
+void report_waited(const struct config *config, int descriptor, long seconds);
 
 /* The path that descriptor was opened by, as the kernel knows it now; empty where it cannot be
  * told. */

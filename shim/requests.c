@@ -28,7 +28,9 @@ static int status_of(const struct native_packet *packet, ssize_t got) {
         return STATUS_CANCEL;
     if (packet->request.kind == KIND_TAKEN)
         return STATUS_TAKEN;
-    return packet->descriptor < 0 ? STATUS_FULL : STATUS_LOCK;
+    if (packet->descriptor < 0)
+        return STATUS_FULL;
+    return packet->request.kind == KIND_LIST ? STATUS_LIST : STATUS_LOCK;
 }
 
 void native_receive(int connection, struct native_packet *packet) {

@@ -33,6 +33,7 @@ Key = tuple[int, int]
 IN_ATTRIB, IN_CLOSE_WRITE, IN_OPEN, IN_Q_OVERFLOW = 0x4, 0x8, 0x20, 0x4000
 _EVENT = struct.Struct("=iIII")
 
+MAX_TEXT = 400
 IDLE_PROXY_SECONDS = 1.0
 CONTENDED_SECONDS = 2.0
 
@@ -97,6 +98,14 @@ class _LockFile:
     def announce(self) -> None:
         """Have the others try again, though the file stays open."""
         os.close(os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):  # the file system is full: it is only a name
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, os.fsencode(text), 0)
+
+    def read(self) -> str:
+        return os.fsdecode(os.pread(self.descriptor, MAX_TEXT, 0))
 
     def close(self) -> None:
         if self.descriptor >= 0:
@@ -204,6 +213,10 @@ def key_of_path(path: str, directory: str) -> Key | None:
         return None
 
 
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
 class Host:
     """This keeper among the keepers of the host.
 
@@ -291,11 +304,19 @@ class Host:
                 proxy.main.unlock()
         proxy.idle_since = time.monotonic()
 
-    def acknowledge(self, key: Key) -> None:
-        """Answer a knock: our clients are alive."""
+    def acknowledge(self, key: Key, holder: str) -> None:
+        """Answer a knock: our clients are alive. `holder` is who, for people to read."""
         proxy = self.proxies.get(key)
         if proxy and proxy.main.mode is not None:
+            proxy.main.write(f"{_pid_namespace()} {holder}" if holder else "")
             os.utime(proxy.main.descriptor)
+
+    def other_holder(self, key: Key) -> str:
+        """Return whom another keeper has named as holder when it was knocked at; empty where it has not."""
+        proxy = self.proxies.get(key)
+        text = proxy.main.read() if proxy and proxy.main.descriptor >= 0 else ""
+        namespace, _, holder = text.partition(" ")
+        return holder if namespace == str(_pid_namespace()) or not holder else f"{holder}, in another pid namespace"
 
     def read(self) -> None:
         """Look at what the other keepers have done."""

@@ -52,7 +52,13 @@ class Keeper:
         self.rendezvous = Rendezvous(directory, key)
         self.service = LockService(self.loop, self.rendezvous, journal, most)
         self.programs = Programs(
-            LISTENER, self.loop, self.service.request, self.service.withdraw, self.service.taken, most
+            LISTENER,
+            self.loop,
+            self.service.request,
+            self.service.withdraw,
+            self.service.taken,
+            self.service.write_list,
+            most,
         )
         self.service.programs = self.programs
         self.service.adopt(held, proxies)
@@ -61,7 +67,7 @@ class Keeper:
 
     def run(self, parent: int) -> None:
         """Serve until process `parent`, the standby, has died. Ends the process when idle for long enough."""
-        self.loop.run(parent, self._after, self._tick)
+        self.loop.run(parent, self._after, self._tick, self.service.patience.look)
 
     def _after(self) -> None:
         if self.service.processes.ended:

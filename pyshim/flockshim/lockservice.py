@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import time
 
+from flockshim import holders, listing
 from flockshim._native import lib
-from flockshim.descriptions import Description, Descriptions, Processes, closed
+from flockshim.descriptions import Description, Processes, closed
+from flockshim.files import File, Files
 from flockshim.host import Host, Key
-from flockshim.locktable import GRANTED, REFUSED, FileLock
+from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
+from flockshim.patience import Patience
 from flockshim.programs import Connection
 
 TYPE_CHECKING = False
@@ -27,20 +31,6 @@ UNDECIDED_SECONDS = GRANT_SECONDS + 2 * TICK_SECONDS
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
-class _File:
-    """A file that is locked, waited for, or asked about."""
-
-    __slots__ = ("descriptions", "key", "lock", "undecided")
-
-    def __init__(self, key: Key, lock: FileLock) -> None:
-        self.key = key
-        self.lock = lock
-        self.descriptions = Descriptions()
-        # Non-blocking requests that another keeper's lock forbids, until that keeper has looked: see Host. Or one
-        # that was granted to a program which has not said yet that it is still there.
-        self.undecided: list[tuple[Connection, Description, bool, float]] = []
-
-
 class LockService:
     """All the locks of one keeper."""
 
@@ -48,12 +38,13 @@ class LockService:
 
     def __init__(self, loop: Loop, rendezvous: Rendezvous, journal: Journal, most: int) -> None:
         """Set `programs` before requests come. Descriptors from `most` on are a reserve."""
-        self.files: dict[Key, _File] = {}
         self.processes = Processes(loop.watch, loop.unwatch, most)
         self._rendezvous = rendezvous
         self._host = Host(rendezvous.directory)
+        self.files = Files(self._host, journal)
         self._journal = journal
         self._grants: dict[Connection, float] = {}
+        self.patience = Patience(loop, self._tell_waiting, self._time_out)
         if self._host.fileno() >= 0:
             # Before programs: what a neighbour did before a program asked must be known by then.
             loop.watch(self._host.fileno(), self._heed_neighbours, first=True)
@@ -63,13 +54,14 @@ class LockService:
         for descriptor in held:
             entry = self._journal.read(descriptor)
             assert entry
-            exclusive, device, inode, pid, number = entry
+            exclusive, device, inode, pid, number, since = entry
             description = Description(descriptor, (device, inode), pid, number)
-            file = self._file(description.key)
+            description.taker, description.since = pid, since
+            file = self.files.of(description.key)
             file.descriptions.add(description)
             file.lock.adopt(description, exclusive)
             self.processes.add(pid, description)
-        needed = self._needed()
+        needed = self.files.needed()
         for key, descriptor in proxies.items():
             self._host.adopt(key, descriptor, needed.get(key))
         # What is held must be locked, whatever has become of its proxy.
@@ -77,10 +69,7 @@ class LockService:
 
     def restore_proxies(self) -> list[Key]:
         """Make the proxies again in a new directory. Returns the files that somebody else has locked meanwhile."""
-        return self._host.restore(self._needed())
-
-    def _needed(self) -> dict[Key, bool]:
-        return {key: any(file.lock.holders.values()) for key, file in self.files.items() if file.lock.holders}
+        return self._host.restore(self.files.needed())
 
     # Requests
 
@@ -88,7 +77,7 @@ class LockService:
         self, connection: Connection, operation: int, descriptor: int, number: int, device: int, inode: int
     ) -> None:
         """Answer a program's flock(2), now or later. `descriptor` is ours; `number` the program's."""
-        file = self._file((device, inode))
+        file = self.files.of((device, inode))
         description = file.descriptions.find(descriptor)
         known = description is not None
         if description is None:
@@ -104,29 +93,29 @@ class LockService:
                 return
             if operation & LOCK_UN:
                 file.lock.release(description)
-                self._release_if_unused(file, description)
+                self._forget_if_unused(file, description)
                 self._settle(file)
                 connection.answer(0)
             else:
                 exclusive = bool(operation & LOCK_EX)
                 self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
-            self._release_if_unused(file, description)
+            self._forget_if_unused(file, description)
             connection.refuse(_cannot_lock(error))
 
-    def _redirected(self, connection: Connection, file: _File, description: Description) -> bool:
+    def _redirected(self, connection: Connection, file: File, description: Description) -> bool:
         if not self._host.may_be_shared(file.key):
             return False
         key = self._rendezvous.keeper_of(description.descriptor)
         if key is None:
             return False
-        self._release_if_unused(file, description)
+        self._forget_if_unused(file, description)
         self._settle(file)
         connection.redirect(key)
         return True
 
     def _lock(
-        self, connection: Connection, file: _File, description: Description, exclusive: bool, blocking: bool
+        self, connection: Connection, file: File, description: Description, exclusive: bool, blocking: bool
     ) -> None:
         if file.lock.conflicts(description, exclusive):
             self._check_holders([holder for holder in file.lock.holders if holder is not description])
@@ -139,7 +128,7 @@ class LockService:
             connection.answer(0)
         elif outcome == REFUSED:
             if self._is_refused(file, description, exclusive):
-                self._release_if_unused(file, description)
+                self._forget_if_unused(file, description)
                 connection.answer(errno.EWOULDBLOCK)
             else:
                 description.waits += 1
@@ -153,9 +142,9 @@ class LockService:
             self.processes.add(connection.pid, connection)
             self._settle(file)
             if connection.waiter:
-                connection.tell_waiting(_describe_holder(file))
+                self.patience.begin(connection)
 
-    def _is_refused(self, file: _File, description: Description, exclusive: bool) -> bool:
+    def _is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
         """Return whether a holder of ours is in the way, and surely holds."""
         unsure = {connection.granted for connection in self._grants}
         return file.lock.conflicts(description, exclusive) and unsure.isdisjoint(file.lock.holders)
@@ -169,7 +158,7 @@ class LockService:
         file = self.files[waiter.owner.key]
         file.lock.withdraw(waiter)
         self._stop_waiting(connection)
-        self._release_if_unused(file, waiter.owner)
+        self._forget_if_unused(file, waiter.owner)
         self._settle(file)
 
     def taken(self, connection: Connection) -> None:
@@ -191,7 +180,7 @@ class LockService:
         description = connection.granted
         file = self.files.get(description.key) if description else None
         if file and description and file.lock.release(description):
-            self._release_if_unused(file, description)
+            self._forget_if_unused(file, description)
         self.taken(connection)
         if file:
             self._settle(file)
@@ -200,42 +189,41 @@ class LockService:
         assert connection.waiter
         connection.waiter.owner.waits -= 1
         connection.waiter = None
+        self.patience.forget(connection)
         self.processes.discard(connection.pid, connection)
 
-    # Files
+    def _tell_waiting(self, connection: Connection) -> None:
+        assert connection.waiter
+        connection.tell_waiting(self._describe(self.files[connection.waiter.owner.key]))
 
-    def _file(self, key: Key) -> _File:
-        file = self.files.get(key)
-        if file is None:
-            lock = FileLock(
-                lambda exclusive, barging: self._host.permit(key, exclusive, barging),
-                self._note,
-                lambda description: self._journal.clear(description.descriptor),
-            )
-            file = self.files[key] = _File(key, lock)
-        return file
+    def _time_out(self, connection: Connection) -> None:
+        assert connection.waiter
+        who = self._describe(self.files[connection.waiter.owner.key])
+        self.programs.forget(connection)
+        self.withdraw(connection)
+        connection.time_out(f"waited for {connection.timeout / 1000:g} s, held by {who}; wait longer (--timeout)")
 
-    def _note(self, description: Description, exclusive: bool) -> None:
-        self._journal.note(description.descriptor, exclusive, description.key, description.pid, description.number)
+    def _describe(self, file: File) -> str:
+        for description in file.lock.holders:
+            return holders.describe(description.pid, description.since)
+        return self._host.other_holder(file.key) or f"a program of another job on {os.uname().nodename}"
 
-    def _release_if_unused(self, file: _File, description: Description) -> None:
+    # What holds, and what follows
+
+    def _forget_if_unused(self, file: File, description: Description) -> None:
         """Close the duplicate of a description that neither holds nor waits."""
         if description not in file.lock.holders and not description.waits:
             self.processes.discard(description.pid, description)
             file.descriptions.remove(description)
 
-    def _holds(self, description: Description) -> bool:
-        file = self.files.get(description.key)
-        return file is not None and description in file.lock.holders
-
-    def _check_holders(self, holders: list[Description]) -> list[_File]:
+    def _check_holders(self, holders: list[Description]) -> list[File]:
         """Release the locks whose description is no longer open anywhere. Returns the files that they were on."""
         places = [description.pid for description in holders]
         released = []
         for description in closed(holders):
             file = self.files[description.key]
             file.lock.release(description)
-            self._release_if_unused(file, description)
+            self._forget_if_unused(file, description)
             released.append(file)
         for description, pid in zip(holders, places):
             if description.pid != pid:
@@ -243,7 +231,7 @@ class LockService:
                 self.processes.add(description.pid, description)
         return released
 
-    def _settle(self, file: _File, insist: bool = False) -> None:
+    def _settle(self, file: File, insist: bool = False) -> None:
         """Serve those who wait, and hold the host's lock for this file exactly as long as it is needed."""
         while True:
             try:
@@ -263,7 +251,7 @@ class LockService:
                     return
                 self._fail_first(file, error)
 
-    def _serve(self, file: _File, insist: bool) -> None:
+    def _serve(self, file: File, insist: bool) -> None:
         for waiter in file.lock.serve(time.monotonic() - TICK_SECONDS if insist else None):
             connection = waiter.context
             self._stop_waiting(connection)
@@ -272,14 +260,14 @@ class LockService:
             self._grants[connection] = time.monotonic()
             connection.grant()
 
-    def _fail_first(self, file: _File, error: OSError) -> None:
+    def _fail_first(self, file: File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""
         waiter = file.lock.queue[0]
         connection = waiter.context
         file.lock.withdraw(waiter)
         self.programs.forget(connection)
         self._stop_waiting(connection)
-        self._release_if_unused(file, waiter.owner)
+        self._forget_if_unused(file, waiter.owner)
         connection.refuse(_cannot_lock(error))
 
     # What happens without being asked for
@@ -293,13 +281,13 @@ class LockService:
                 self.programs.forget(interest)
                 self.withdraw(interest)
                 lib.native_close(interest.descriptor)
-        orphans = [i for i in ended if isinstance(i, Description) and self._holds(i)]
+        orphans = [i for i in ended if isinstance(i, Description) and self.files.holds(i)]
         for file in self._check_holders(orphans):
             self._settle(file)
 
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptions closed without unlocking."""
-        self._check_holders([holder for file in self.files.values() for holder in file.lock.holders])
+        self._check_holders(self.files.holders())
         for connection, since in list(self._grants.items()):
             if now - since >= GRANT_SECONDS:
                 self._look_after_grant(connection)
@@ -320,6 +308,12 @@ class LockService:
             self._take_back(connection)
         lib.native_close(connection.descriptor)
 
+    def write_list(self, descriptor: int) -> None:
+        """Write who holds and who waits into a file; see `listing`."""
+        for file in self._check_holders(self.files.holders()):
+            self._settle(file)
+        listing.write(list(self.files.values()), descriptor)
+
     def close(self) -> None:
         """Remove the proxies: the keeper leaves."""
         self._host.clean(everything=True)
@@ -335,7 +329,7 @@ class LockService:
             if file:
                 self._check_holders(list(file.lock.holders))
                 self._settle(file)
-            host.acknowledge(key)
+            host.acknowledge(key, self._describe(file) if file and file.lock.holders else "")
         while host.freed:
             file = self.files.get(host.freed.pop())
             if file:
@@ -350,7 +344,7 @@ class LockService:
             if file:
                 self._decide(file, float("inf"))
 
-    def _retry_undecided(self, file: _File) -> None:
+    def _retry_undecided(self, file: File) -> None:
         undecided, file.undecided = file.undecided, []
         for item in undecided:
             connection, description, exclusive, _ = item
@@ -361,7 +355,7 @@ class LockService:
             else:
                 file.undecided.append(item)
 
-    def _decide(self, file: _File, now: float) -> None:
+    def _decide(self, file: File, now: float) -> None:
         """Refuse the requests whose time is up: the other keeper's holder is alive, or that keeper is stopped."""
         undecided, file.undecided = file.undecided, []
         for item in undecided:
@@ -373,23 +367,13 @@ class LockService:
         if undecided:
             self._settle(file)
 
-    def _conclude(self, file: _File, connection: Connection, description: Description, error: int) -> None:
+    def _conclude(self, file: File, connection: Connection, description: Description, error: int) -> None:
         description.waits -= 1
         if error:
-            self._release_if_unused(file, description)
+            self._forget_if_unused(file, description)
         else:
             self.processes.add(connection.pid, description)
         connection.answer(error)
-
-
-def _describe_holder(file: _File) -> str:
-    for description in file.lock.holders:
-        try:
-            with open(f"/proc/{description.pid}/comm", encoding="utf-8", errors="replace") as comm:
-                return f"pid {description.pid} ({comm.read().strip()})"
-        except OSError:
-            continue
-    return "a program of another job or container on this host"
 
 
 def _cannot_lock(error: OSError) -> str:

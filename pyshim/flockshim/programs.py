@@ -23,13 +23,15 @@ STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 class Connection:
     """A program that waits for an answer."""
 
-    __slots__ = ("descriptor", "flags", "granted", "pid", "waiter")
+    __slots__ = ("descriptor", "flags", "granted", "pid", "timeout", "waiter")
 
     def __init__(self, descriptor: int, pid: int) -> None:
         """`pid` is the process that connected."""
         self.descriptor = descriptor
         self.pid = pid
         self.flags = 0
+        # Milliseconds that it will wait; negative: for ever.
+        self.timeout = -1
         # The description that got the lock after a wait, until the program has said that it is still there.
         self.granted: Description | None = None
         self.waiter: Waiter | None = None
@@ -42,10 +44,17 @@ class Connection:
         """Tell a program that waited that the lock is its own."""
         lib.native_send(self.descriptor, lib.KIND_GRANT, 0, b"")
 
+    def wants_to_know(self) -> bool:
+        """Return whether `tell_waiting` may be used."""
+        return bool(self.flags & lib.FLAG_TELL)
+
     def tell_waiting(self, holder: str) -> None:
-        """Tell the program, if it wants to know, whom it waits for."""
-        if self.flags & lib.FLAG_VERBOSE:
-            lib.native_send(self.descriptor, lib.KIND_WAITING, 0, holder.encode(errors="replace"))
+        """Tell a program that wants to know whom it waits for."""
+        lib.native_send(self.descriptor, lib.KIND_WAITING, 0, holder.encode(errors="replace"))
+
+    def time_out(self, text: str) -> None:
+        """Tell a program that it has waited for as long as it would."""
+        lib.native_answer(self.descriptor, lib.KIND_TIMEOUT, 0, text.encode(errors="replace"))
 
     def refuse(self, text: str) -> None:
         """Say why no protection can be given."""
@@ -66,11 +75,12 @@ class Programs:
         request: Callable[[Connection, int, int, int, int, int], None],
         withdraw: Callable[[Connection], None],
         taken: Callable[[Connection], None],
+        write_list: Callable[[int], None],
         most: int,
     ) -> None:
         """`request` gets (connection, operation, descriptor, number, device, inode); `withdraw` who gave up.
 
-        `taken` gets those that a grant has reached.
+        `taken` gets those that a grant has reached; `write_list` a descriptor to write the list of all locks to.
 
         From descriptor `most` on only requests to unlock are taken.
         """
@@ -80,6 +90,7 @@ class Programs:
         self._request = request
         self._withdraw = withdraw
         self._taken = taken
+        self._write_list = write_list
         self._packet = ffi.new("struct native_packet *")
         self._body = self._packet.request
         self._open: set[int] = set()
@@ -130,6 +141,8 @@ class Programs:
         connection = Connection(descriptor, packet.pid)
         if packet.status == STATUS_LOCK:
             self._pass_on(connection)
+        elif packet.status == lib.STATUS_LIST:
+            self._list(connection)
         elif packet.status == lib.STATUS_NOTHING and descriptor < self._most:
             self.hold(connection)
         else:
@@ -148,6 +161,8 @@ class Programs:
             self._withdraw(connection)
         if status == STATUS_LOCK:
             self._pass_on(connection)
+        elif status == lib.STATUS_LIST:
+            self._list(connection)
         elif status == lib.STATUS_CANCEL:
             connection.answer(errno.EINTR)
         else:
@@ -160,6 +175,7 @@ class Programs:
             self._turn_away(connection, lib.STATUS_FULL)
             return
         connection.flags = body.flags
+        connection.timeout = body.timeout
         self._request(
             connection,
             body.operation,
@@ -168,6 +184,15 @@ class Programs:
             body.device,
             body.inode,
         )
+
+    def _list(self, connection: Connection) -> None:
+        try:
+            self._write_list(self._packet.descriptor)
+            connection.answer(0)
+        except OSError as error:
+            connection.answer(error.errno or errno.EIO)
+        finally:
+            os.close(self._packet.descriptor)
 
     def _turn_away(self, connection: Connection, status: int) -> None:
         packet = self._packet

@@ -1,0 +1,214 @@
+"""``flockshim --check``: what a directory's file system can lock, tried, and in words that need no knowledge of locks."""
+
+import json
+import os
+import signal
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NamedTuple, Optional
+
+from flockshim import FlockshimError, errnos, filesystems, launch, probes
+from flockshim.filesystems import FileSystem, Reach
+
+WORKS = 0
+FAILS = 1
+NEEDS_FORCE = 2
+ONE_HOST = 3
+NOT_CHECKED = 125
+
+_WIDTH = 79
+_LONGEST_OPTION = 60
+
+_LOCKS = (
+    "A lock is how programs wait for one another, so that no two of them change the same files at once. "
+    "uv, cargo and many others take theirs with flock()."
+)
+
+
+class Verdict(NamedTuple):
+    """What the outcome means."""
+
+    scope: str
+    """``local``, ``hosts``, ``host``, ``none`` or ``unknown``."""
+    status: int
+    command: Optional[str]
+    summary: str
+    advice: str
+
+
+class Report(NamedTuple):
+    """All that is said of a directory."""
+
+    directory: str
+    system: FileSystem
+    reach: Reach
+    outcomes: dict[str, str]
+    verdict: Verdict
+
+
+def main(directory: Optional[str], as_json: bool, seconds: float) -> int:
+    """Try what *directory* can lock and print the report on standard output.
+
+    :param directory: the current one if None.
+    :param as_json: print it for programs, see :func:`as_object`.
+    :param seconds: how long each call may take before it is said to hang.
+    :returns: the exit status: 0 locks work, 1 they fail, 2 they hang or exclude nobody, 3 they work on this host
+        only, as far as can be told.
+    :raises FlockshimError: when *directory* is missing or nothing can be tried in it; what is known is printed before.
+    """
+    directory = directory or "."
+    with _removing_before_death():
+        path, device, trouble = _place(directory, seconds)
+        outcomes, left_behind = dict(_SKIPPED), list[str]()
+        if not trouble:
+            outcomes, left_behind, trouble = _try(path, seconds)
+    system = _file_system(path, device)
+    reach = filesystems.reach(system, os.uname().release)
+    verdict = _not_checked(path) if trouble else judge(path, outcomes, reach, seconds)
+    report = Report(path, system, reach, outcomes, verdict)
+    _print(json.dumps(as_object(report), indent=2) if as_json else as_text(report))
+    for file in left_behind:
+        _warn(f"{file!r} could not be removed: remove it when the file system answers again")
+    if trouble:
+        raise FlockshimError(trouble)
+    return verdict.status
+
+
+def as_object(report: Report) -> dict[str, object]:
+    """Return the report as ``--json`` prints it.
+
+    ``version``: 1, raised when a key changes its meaning; ``directory``: its real path; ``filesystem``: ``type``,
+    ``source``, ``mount_point`` and ``options`` (a list) as in /proc/self/mountinfo, of type ``unknown`` if it is not
+    there; ``probes``: an outcome for each of flock_, fcntl_ and ofd_ (record locks of open file descriptions) with
+    shared, exclusive, nonblocking and conflict, and for exclusive_create, link, rename and symlink, which is ``ok``,
+    the name of an errno, ``hangs``, ``excludes nobody`` or ``skipped``; ``scope``: between whom flock works: ``local``
+    (there are no other hosts), ``hosts``, ``host`` (this one), ``none``, ``unknown``; ``status``: the exit status;
+    ``command``: how to run COMMAND here, null where that could not be tried; ``summary``: one sentence.
+    """
+    return {
+        "version": 1,
+        "directory": report.directory,
+        "filesystem": {
+            "type": report.system.type,
+            "source": report.system.source,
+            "mount_point": report.system.mount_point,
+            "options": list(report.system.options),
+        },
+        "probes": report.outcomes,
+        "scope": report.verdict.scope,
+        "status": report.verdict.status,
+        "command": report.verdict.command,
+        "summary": report.verdict.summary,
+    }
+
+
+def as_text(report: Report) -> str:
+    """Return the report for people; its first line says it all."""
+    system = report.system
+    options = [
+        option if len(option) <= _LONGEST_OPTION else option[:_LONGEST_OPTION] + "..." for option in system.options
+    ]
+    where = f"{system.type}, {system.source} on {system.mount_point}" if system.mount_point else system.type
+    rows = {
+        "file system": where,
+        "options": ", ".join(options),
+        "known": report.reach.why,
+        "flock": _kind_in_words(report.outcomes, "flock"),
+        "record locks": f"of processes: {_kind_in_words(report.outcomes, 'fcntl')}; "
+        f"of open files: {_kind_in_words(report.outcomes, 'ofd')}",
+        "file names": _names_in_words(report.outcomes),
+    }
+    table = "\n".join(
+        textwrap.fill(
+            f"{label:14}{text}", _WIDTH, initial_indent="  ", subsequent_indent=" " * 16, break_on_hyphens=False
+        )
+        for label, text in rows.items()
+        if text
+    )
+    advice = textwrap.fill(report.verdict.advice, _WIDTH)
+    return f"{report.verdict.summary}\n\n{advice}\n\n{table}\n"
+
+
+def judge(path: str, outcomes: dict[str, str], reach: Reach, seconds: float) -> Verdict:
+    """Return what the *outcomes* of trying, all probes by name, mean for programs that use *path*."""
+    flock = _of_kind(outcomes, "flock")
+    bad = [outcome for outcome in flock if outcome not in (probes.OK, probes.SKIPPED)]
+    records = _record_locks_in_words(outcomes)
+    if not bad:
+        return _working(path, reach, records)
+    none = f"Locks do not work in {path!r}"
+    if probes.HANGS in bad:
+        return _forced(f"{none}: flock() does not return within {seconds:g} s.", reach, records)
+    if probes.EXCLUDES_NOBODY in bad:
+        return _forced(f"{none}: flock() gives one lock to two programs at once.", reach, records)
+    numbers = {errnos.number(name, "flock") for name in bad}
+    if probes.OK in flock or numbers & set(errnos.ANSWERS):
+        # With a kernel lock for one call and an emulated one for another, nobody would be excluded.
+        return _forced(
+            f"Locks work only in part in {path!r}: flock() {_kind_in_words(outcomes, 'flock')}.", reach, records
+        )
+    names = ",".join(dict.fromkeys(bad))
+    usual = numbers <= {int(number) for number in launch.DEFAULT_ERRNOS.split(",")}
+    command = "flockshim COMMAND" if usual else f"flockshim --errno {names} COMMAND"
+    advice = f"{_LOCKS} Under flockshim they get locks here, {_emulated_reach(reach)}{records}"
+    return Verdict("none", FAILS, command, f"{none}: flock() fails with {names}. Run: {command}", advice)
+
+
+def _working(path: str, reach: Reach, records: str) -> Verdict:
+    nothing = "Nothing is needed: run COMMAND without flockshim."
+    if reach.scope == filesystems.LOCAL:
+        return Verdict(reach.scope, WORKS, "COMMAND", f"Locks work in {path!r}. {nothing}", _LOCKS + records)
+    if reach.scope == filesystems.HOSTS:
+        summary = f"Locks work in {path!r}, as far as can be told between hosts too. {nothing}"
+        return Verdict(reach.scope, WORKS, "COMMAND", summary, _LOCKS + records)
+    between = (
+        "but as far as can be told not between hosts"
+        if reach.scope == filesystems.HOST
+        else "and whether they do between hosts is not known"
+    )
+    summary = f"Locks work in {path!r} on this host, {between}. On one host run COMMAND without flockshim."
+    advice = f"{_LOCKS} If other hosts use this directory too, let only one host at a time write there.{records}"
+    return Verdict(reach.scope, ONE_HOST, "COMMAND", summary, advice)
+
+
+def _forced(finding: str, reach: Reach, records: str) -> Verdict:
+    command = "flockshim --force COMMAND"
+    advice = (
+        f"{_LOCKS} With --force flockshim never asks the file system and gives locks of its own, "
+        f"{_emulated_reach(reach)} Start all programs that use this directory so.{records}"
+    )
+    return Verdict("none", NEEDS_FORCE, command, f"{finding} Run: {command}", advice)
+
+
+def _not_checked(path: str) -> Verdict:
+    return Verdict("unknown", NOT_CHECKED, None, f"What {path!r} can lock could not be tried.", _LOCKS)
+
+
+def _emulated_reach(reach: Reach) -> str:
+    if reach.scope == filesystems.LOCAL:
+        return "between your programs."
+    return (
+        "between your programs on this host. Other hosts do not see them: if they use this directory too, let only "
+        "one host at a time write there."
+    )
+
+
+def _record_locks_in_words(outcomes: dict[str, str]) -> str:
+    """Return a sentence about record locks, with a space before it, where there is something to warn of."""
+    if not any(_is_bad(outcome) for kind in ("fcntl", "ofd") for outcome in _of_kind(outcomes, kind)):
+        return ""
+    whose = "fcntl" if any(map(_is_bad, _of_kind(outcomes, "fcntl"))) else "ofd"
+    what = "Record locks (fcntl), as SQLite and conda take them," if whose == "fcntl" else "Record locks of open files"
+    who = (
+        "SQLite, conda and the like will fail there" if whose == "fcntl" else "programs that need them will fail there"
+    )
+    words = _kind_in_words(outcomes, whose).replace("works", "work")
+    for singular, plural in (("hangs", "hang"), ("fails", "fail"), ("gives one lock", "are given")):
+        words = words.replace(singular, plural)
+    return f" {what} {words}, and this version of flockshim does not replace them: {who}; keep their files elsewhere."
+
+
+def _is_bad(outcome: str) -> bool:
+    return outcome not in (probes.OK, probes.SKIPPED)

@@ -1,0 +1,59 @@
+"""Names the programs that hold or wait, for people to read: by the keeper, the launcher and ``--locks``."""
+
+from __future__ import annotations
+
+import os
+import time
+
+MAX_COMMAND = 100
+NAME_LENGTH = 15  # of /proc/PID/comm, as proc(5) has it
+
+
+def command_of(pid: int) -> str:
+    """Return the command line of a process as its user typed it, shortened; empty if there is no such process.
+
+    A script is named by itself, not by its interpreter.
+    """
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = os.fsdecode(file.read()).rstrip("\0").split("\0")
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            name = os.fsdecode(file.read()).rstrip("\n")
+    except OSError:
+        return ""
+    if words == [""]:
+        return name  # a zombie, or a kernel thread
+    for index, word in enumerate(words[:3]):
+        if os.path.basename(word)[:NAME_LENGTH] == name:
+            words = words[index:]
+            break
+    words[0] = os.path.basename(words[0])
+    command = "".join(letter if letter.isprintable() else "?" for letter in " ".join(words))
+    return command if len(command) <= MAX_COMMAND else command[: MAX_COMMAND - 1] + "…"
+
+
+def started_at(pid: int) -> float | None:
+    """Return when a process has begun, in seconds since the epoch; None if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            ticks = int(file.read().rpartition(b")")[2].split()[19])
+    except OSError:
+        return None
+    running = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - running
+
+
+def clock(when: float) -> str:
+    """Return a time (seconds since the epoch) as a clock shows it, with the date unless that is today's."""
+    then = time.localtime(when)
+    today = then[:3] == time.localtime()[:3]
+    return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then)
+
+
+def describe(pid: int, since: float | None = None) -> str:
+    """Return who process `pid` is and since when it holds a lock, or else (the kernel does not tell) runs."""
+    text = f"pid {pid} ({command_of(pid) or 'unknown'}) on {os.uname().nodename}"
+    if since:
+        return f"{text} since {clock(since)}"
+    started = started_at(pid)
+    return f"{text}, running since {clock(started)}" if started else text

@@ -1,0 +1,69 @@
+"""The keeper's answer to ``flockshim --locks``: every lock, who holds it and who waits for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+from flockshim import holders
+from flockshim._native import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from flockshim.descriptions import Description
+    from flockshim.files import File
+
+
+def write(files: Iterable[File], descriptor: int) -> None:
+    """Write the list as JSON into a file.
+
+    An object: ``keeper``, the keeper's pid; ``pid_namespace``, by which all pids are to be read; ``files``, each with
+    ``device``, ``inode``, ``path``, ``holders`` and ``waiters``, the latter in order. Raises OSError.
+    """
+    now = time.time(), time.monotonic()
+    text = json.dumps(
+        {
+            "keeper": lib.native_self(),
+            "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
+            "files": [_file(file, *now) for file in files if file.lock.holders or file.lock.queue],
+        }
+    )
+    data = text.encode()
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _file(file: File, now: float, monotonic: float) -> dict[str, Any]:
+    queue = file.lock.queue
+    return {
+        "device": file.key[0],
+        "inode": file.key[1],
+        "path": _path([*file.lock.holders, *(waiter.owner for waiter in queue)]),
+        "holders": [_holder(description, mode) for description, mode in file.lock.holders.items()],
+        "waiters": [_program(w.context.pid, w.exclusive, now - (monotonic - w.since)) for w in queue],
+    }
+
+
+def _path(descriptions: list[Description]) -> str:
+    for description in descriptions:
+        return os.readlink(f"/proc/self/fd/{description.descriptor}")
+    return ""
+
+
+def _holder(description: Description, exclusive: bool) -> dict[str, Any]:
+    program = _program(description.pid, exclusive, description.since)
+    # The process that called flock(2) may have ended, as in a shell's (flock 9; ...) 9>file.
+    return {**program, "taken_by": description.taker}
+
+
+def _program(pid: int, exclusive: bool, since: float) -> dict[str, Any]:
+    return {
+        "mode": "exclusive" if exclusive else "shared",
+        "pid": pid,
+        "command": holders.command_of(pid),
+        "since": round(since, 3),
+    }

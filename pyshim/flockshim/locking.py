@@ -1,0 +1,63 @@
+"""Locks descriptors from Python exactly as a program under the shim would: by the shim's own C code."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+from flockshim import FlockshimError, launch
+from flockshim._native import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LONGEST = 999_999.0
+"""Seconds that can be waited for at most, some eleven days, unless it is for ever."""
+
+
+class TimedOutError(Exception):
+    """An emulated lock was not had in time; ``str()`` of it says who holds it."""
+
+
+class Locker:
+    """Does ``flock(2)`` by the settings of an environment."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        """Read *environ*, as :func:`flockshim.launch.environment` returns it."""
+        names = [name for name in launch.VARIABLES if name in environ]
+        entries = [ffi.new("char[]", os.fsencode(f"{name}={environ[name]}")) for name in names]
+        self._config = ffi.new("struct config *")
+        lib.config_read(self._config, ffi.new("char *[]", [*entries, ffi.NULL]))
+
+    def by_kernel(self, descriptor: int, operation: int) -> int:
+        """Return the errno with which the kernel, or what ``--simulate`` or ``--force`` puts in its place, answers, or 0.
+
+        :param operation: that of ``flock(2)``.
+        """
+        return -int(lib.lock_by_kernel(self._config, descriptor, operation))
+
+    def is_refusal(self, error: int) -> bool:
+        """Return whether *error* means that the kernel cannot lock, so that `by_mode` must."""
+        return bool(lib.config_triggers(self._config, error))
+
+    def by_mode(
+        self, descriptor: int, operation: int, error: int, deadline: float | None = None, cancel: int = -1
+    ) -> int:
+        """Return the errno with which the emulation of ``flock(2)`` ends, or 0: ``EWOULDBLOCK``, ``EINTR``, …
+
+        :param error: the errno with which the kernel has refused.
+        :param deadline: monotonic time until which it may wait; none: for ever.
+        :param cancel: a descriptor; when it is readable the wait ends with ``EINTR``.
+        :raises TimedOutError: when the deadline has passed.
+        :raises FlockshimError: when the lock cannot be emulated; says why.
+        """
+        wait = ffi.new("struct client_wait *")
+        left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST)
+        wait.timeout = -1 if deadline is None else int(left * 1000)
+        wait.cancel = cancel
+        result = lib.lock_by_mode(self._config, wait, descriptor, operation, error)
+        if wait.refusal[0] != b"\0":
+            text = os.fsdecode(ffi.string(wait.refusal))
+            raise TimedOutError(text) if wait.timed_out else FlockshimError(text)
+        return -int(result)

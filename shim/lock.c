@@ -1,0 +1,66 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/stat.h>
+
+#include "lock.h"
+#include "report.h"
+#include "syscalls.h"
+#include "text.h"
+
+static int is_below(int descriptor, const char *directory) {
+    char path[CONFIG_MAX_PATH];
+    const char *rest;
+
+    path_of_descriptor(descriptor, path, sizeof path);
+    rest = text_after(path, directory);
+    return rest && (!*rest || *rest == '/' || text_equal(directory, "/"));
+}
+
+/* Calls that the kernel would refuse whatever the file system are left to it, so that its EBADF and
+ * EINVAL are the program's: bad and O_PATH descriptors, and those opened for neither reading nor
+ * writing. */
+static int is_lockable(int descriptor, int operation, struct stat *status) {
+    int plain = operation & ~LOCK_NB;
+    long flags = sys3(SYS_fcntl, descriptor, F_GETFL, 0);
+
+    return (plain == LOCK_SH || plain == LOCK_EX || plain == LOCK_UN) && flags >= 0 &&
+           !(flags & O_PATH) && (flags & O_ACCMODE) != O_ACCMODE &&
+           sys2(SYS_fstat, descriptor, status) == 0;
+}
+
+/* The errno that takes the place of the kernel's answer, or 0: ask it. File systems that cannot
+ * lock refuse regular files only; --force is for any file that programs lock by name. */
+static int answer_without_kernel(const struct config *config, int descriptor, int operation) {
+    struct stat status;
+
+    if ((!config->force && !config->simulate) || !is_lockable(descriptor, operation, &status))
+        return 0;
+    if (config->simulate && S_ISREG(status.st_mode) &&
+        (!*config->simulate_directory || is_below(descriptor, config->simulate_directory)))
+        return config->simulate;
+    if (config->force && (S_ISREG(status.st_mode) || S_ISDIR(status.st_mode)))
+        return ENOSYS;
+    return 0;
+}
+
+int lock_by_kernel(const struct config *config, int descriptor, int operation) {
+    int error = answer_without_kernel(config, descriptor, operation);
+
+    return error ? -error : (int)sys2(SYS_flock, descriptor, operation);
+}
+
+int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor,
+                 int operation, int kernel_error) {
+    int result;
+
+    switch (config->mode) {
+    case MODE_SUCCESS:
+        return 0;
+    case MODE_FAIL:
+        return -kernel_error;
+    default:
+        result = client_flock(config, wait, descriptor, operation);
+        return *wait->refusal ? -kernel_error : result;
+    }
+}
