@@ -82,6 +82,10 @@ CDEF = """
         const char *bad;
         ...;
     };
+    struct rendezvous {
+        char directory[...];
+        ...;
+    };
     struct client_wait {
         int timeout;
         int cancel;
@@ -105,6 +109,7 @@ CDEF = """
     #define FLAG_TELL ...
 
     void config_read(struct config *config, char **environment);
+    int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);
     int config_triggers(const struct config *config, int error);
     int lock_by_kernel(const struct config *config, int descriptor, int operation);
     int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor, int operation,

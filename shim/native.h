@@ -8,6 +8,7 @@
 #include "config.h"
 #include "lock.h"
 #include "protocol.h"
+#include "rendezvous.h"
 
 enum native_status {
     STATUS_LOCK,    /* a request, with its description */

@@ -16,6 +16,7 @@ def environ(
     errno: Union[str, Iterable[Union[str, int]], None] = None,
     force: Optional[bool] = None,
     simulate: Optional[str] = None,
+    lock_timeout: Optional[float] = None,
     quiet: Optional[bool] = None,
     verbose: Optional[bool] = None,
     base: Optional[Mapping[str, str]] = None,
@@ -32,6 +33,7 @@ def environ(
     :param force: never ask the kernel.
     :param simulate: ``"ENOSYS"`` or ``"ENOSYS:/some/directory"``: the kernel's lock calls (on files
         under the directory) fail with that errno.
+    :param lock_timeout: seconds after which a program waits no longer for an emulated lock: its call fails.
     :param quiet: print no warnings.
     :param verbose: say more, such as what is being waited for.
     :param base: the environment to build on; ``os.environ`` if not given. It is not changed.
@@ -45,6 +47,7 @@ def environ(
         errno=errno,
         force=force,
         simulate=simulate,
+        timeout=None if lock_timeout is None else str(lock_timeout),
         quiet=quiet,
         verbose=verbose,
     )
@@ -57,6 +60,7 @@ def run(
     errno: Union[str, Iterable[Union[str, int]], None] = None,
     force: Optional[bool] = None,
     simulate: Optional[str] = None,
+    lock_timeout: Optional[float] = None,
     quiet: Optional[bool] = None,
     verbose: Optional[bool] = None,
     env: Optional[Mapping[str, str]] = None,
@@ -77,6 +81,7 @@ def run(
         errno=errno,
         force=force,
         simulate=simulate,
+        lock_timeout=lock_timeout,
         quiet=quiet,
         verbose=verbose,
         base=env,

@@ -14,6 +14,8 @@ from flockshim import FlockshimError, __version__, launch
 HELP = """\
 usage: flockshim [OPTION...] [--] COMMAND [ARG...]
        flockshim [OPTION...] --env
+       flockshim --locks [PATH...] [--json]
+       flockshim --check [DIR] [--json] [--timeout SECONDS]
 
 Run COMMAND, unmodified, so that its flock() calls work on file systems where
 they fail.
@@ -30,26 +32,57 @@ they fail.
   --simulate ERRNO[:DIR]
                      the kernel's lock calls (on files under DIR) fail with
                      ERRNO: shows anywhere what such a mount does
+  --lock PATH        hold the lock on PATH, a file (made if missing) or a
+                     directory, while COMMAND runs; wait for it if need be
+    --shared         a shared one
+    --no-wait        don't wait: exit with status 75
+    --inherit        what COMMAND has left running keeps the lock
+  --timeout SECONDS  wait no longer for --lock (then exit with status 75), nor
+                     for a lock inside COMMAND (whose call then fails)
+  --locks [PATH...]  show who holds and who waits for locks on this host
+  --check [DIR]      try what DIR's file system can lock, and say what to do
+  --json             --locks and --check for programs
   --env              print the environment for a whole shell:
                      eval "$(flockshim --env)"
   --quiet            print no warnings
-  --verbose          say more, such as what is being waited for
+  --verbose          say what is being waited for, on no terminal too
   --version, --help
 
 The variables FLOCKSHIM_MODE, FLOCKSHIM_ERRNO, FLOCKSHIM_FORCE=1,
-FLOCKSHIM_SIMULATE, FLOCKSHIM_QUIET=1 and FLOCKSHIM_VERBOSE=1 say the same; an
-option wins over its variable.
+FLOCKSHIM_SIMULATE, FLOCKSHIM_TIMEOUT, FLOCKSHIM_QUIET=1 and FLOCKSHIM_VERBOSE=1
+say the same; an option wins over its variable.
 
 The exit status is COMMAND's own, or 125 if flockshim fails (also when it cannot
-protect COMMAND), 126 if COMMAND cannot be executed, 127 if it is not found.
+protect COMMAND), 126 if COMMAND cannot be executed, 127 if it is not found, 75
+if the lock of --lock was not had in time. That of --check is 0 if the kernel's
+locks work, 1 if they fail (use flockshim COMMAND), 2 if lock calls hang or
+exclude nobody (use --force), 3 if they work on this host only.
 """
 
 FAILED = 125
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 
-WITH_VALUE = ("mode", "errno", "simulate")
-FLAGS = ("force", "quiet", "verbose", "env", "help", "version")
+WITH_VALUE = ("mode", "errno", "simulate", "timeout", "lock")
+FLAGS = (
+    "force",
+    "quiet",
+    "verbose",
+    "shared",
+    "no-wait",
+    "inherit",
+    "locks",
+    "check",
+    "json",
+    "env",
+    "help",
+    "version",
+)
+
+# What else may be said with an option that runs no COMMAND, or that only makes sense with another.
+WITH_LOCKS = {"locks", "json"}
+WITH_CHECK = {"check", "json", "timeout"}
+OF_LOCK = ("shared", "no-wait", "inherit")
 
 
 def main() -> int:
@@ -60,6 +93,8 @@ def main() -> int:
         if "help" in options or "version" in options:
             _print(HELP if "help" in options else f"flockshim {__version__}\n")
             return 0
+        if "locks" in options or "check" in options:
+            return _inspect(options, command)
         return _run(options, command)
     except FlockshimError as error:
         return _fail(str(error), FAILED)
@@ -77,11 +112,16 @@ def _restore_signals() -> None:
 
 def _parse(words: "list[str]") -> "tuple[dict[str, str | bool], list[str]]":
     options: dict[str, str | bool] = {}
+    operands: list[str] = []
     index = 0
     while index < len(words):
         word = words[index]
         if word == "-" or not word.startswith("-"):
-            break
+            if "locks" not in options and "check" not in options:
+                break
+            operands.append(word)
+            index += 1
+            continue
         index += 1
         if word == "--":
             break
@@ -99,7 +139,24 @@ def _parse(words: "list[str]") -> "tuple[dict[str, str | bool], list[str]]":
             value = words[index]
             index += 1
         options[name] = value
-    return options, words[index:]
+    return options, operands + words[index:]
+
+
+def _inspect(options: "dict[str, str | bool]", paths: "list[str]") -> int:
+    what = "locks" if "locks" in options else "check"
+    for name in options:
+        if name not in (WITH_LOCKS if what == "locks" else WITH_CHECK):
+            raise FlockshimError(f"--{what} and --{name} exclude each other: leave one out")
+    environ = launch.environment(_own_environment(), timeout=options.get("timeout"))  # type: ignore[arg-type]
+    if what == "locks":
+        from flockshim import locks_command
+
+        return locks_command.run(paths, "json" in options, environ)
+    if len(paths) > 1:
+        raise FlockshimError(f"--check takes one directory, but was given {paths[1]!r} too")
+    from flockshim import check
+
+    return check.main(paths[0] if paths else None, "json" in options, float(environ.get("FLOCKSHIM_TIMEOUT") or 5))
 
 
 def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
@@ -110,12 +167,27 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
         )
     if not printing and not command:
         raise FlockshimError("no COMMAND given: see flockshim --help")
+    lock = _take_lock_options(options, printing)
     environ = launch.environment(_own_environment(), **options)  # type: ignore[arg-type]
     if printing:
         _warn(environ)
         _print(_exports(environ))
         return 0
-    return _become(command, environ)
+    return _start(command, environ, lock)
+
+
+def _take_lock_options(options: "dict[str, str | bool]", printing: bool) -> "dict[str, str | bool]":
+    lock = {name: options.pop(name) for name in ("lock", *OF_LOCK) if name in options}
+    if "json" in options:
+        raise FlockshimError("--json needs --locks or --check")
+    for name in lock:
+        if "lock" not in lock:
+            raise FlockshimError(f"--{name} needs --lock PATH")
+        if printing:
+            raise FlockshimError(f"--{name} is for one COMMAND, so it cannot be in what --env prints")
+    if "no-wait" in lock and "timeout" in options:
+        raise FlockshimError("--no-wait and --timeout exclude each other: leave one out")
+    return lock
 
 
 def _warn(environ: "dict[str, str]") -> None:
@@ -134,7 +206,7 @@ def _own_environment() -> "dict[str, str]":
     return environ
 
 
-def _become(command: "list[str]", environ: "dict[str, str]") -> int:
+def _start(command: "list[str]", environ: "dict[str, str]", lock: "dict[str, str | bool]") -> int:
     from flockshim import executable
 
     try:
@@ -142,14 +214,35 @@ def _become(command: "list[str]", environ: "dict[str, str]") -> int:
             path, arguments = executable.protected(command, environ)
         else:
             path, arguments = executable.find(command[0], environ), command
-        _warn(environ)
+    except OSError as error:
+        return _fail_to_execute(command[0], error)
+    _warn(environ)
+    if lock:
+        from flockshim import lock_command
+
+        request = lock_command.Request(
+            path=str(lock["lock"]),
+            shared="shared" in lock,
+            no_wait="no-wait" in lock,
+            inherit="inherit" in lock,
+        )
+        return lock_command.run(request, environ, lambda: _become(path, arguments, environ))
+    return _become(path, arguments, environ)
+
+
+def _become(path: str, arguments: "list[str]", environ: "dict[str, str]") -> int:
+    try:
         os.execve(path, arguments, environ)
     except OSError as error:
-        name = error.filename if isinstance(error.filename, str) else command[0]
-        whose = f" (the interpreter of {error.filename2!r})" if error.filename2 else ""
-        missing = isinstance(error, FileNotFoundError)
-        status = NOT_FOUND if missing else CANNOT_EXECUTE
-        return _fail(f"{name!r}{whose}: {error.strerror}", status)
+        return _fail_to_execute(path, error)
+
+
+def _fail_to_execute(name: str, error: OSError) -> int:
+    if isinstance(error.filename, str):
+        name = error.filename
+    whose = f" (the interpreter of {error.filename2!r})" if error.filename2 else ""
+    missing = isinstance(error, FileNotFoundError)
+    return _fail(f"{name!r}{whose}: {error.strerror}", NOT_FOUND if missing else CANNOT_EXECUTE)
 
 
 def _exports(environ: "dict[str, str]") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-MAX_COMMAND = 100
+MAX_COMMAND = 80
 NAME_LENGTH = 15  # of /proc/PID/comm, as proc(5) has it
 
 
@@ -28,18 +28,35 @@ def command_of(pid: int) -> str:
             words = words[index:]
             break
     words[0] = os.path.basename(words[0])
-    command = "".join(letter if letter.isprintable() else "?" for letter in " ".join(words))
+    command = "".join(letter if letter.isprintable() else " " for letter in " ".join(words))
     return command if len(command) <= MAX_COMMAND else command[: MAX_COMMAND - 1] + "…"
+
+
+def _stat(pid: int) -> list[bytes]:
+    """Return what proc(5) calls field 3, the state, and those behind it; nothing if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process still runs; one that only waits to be reaped does not."""
+    return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
+
+
+def is_stopped(pid: int) -> bool:
+    """Return whether a process was stopped by a signal."""
+    return _stat(pid)[:1] == [b"T"]
 
 
 def started_at(pid: int) -> float | None:
     """Return when a process has begun, in seconds since the epoch; None if there is no such process."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            ticks = int(file.read().rpartition(b")")[2].split()[19])
-    except OSError:
+    stat = _stat(pid)
+    if not stat:
         return None
-    running = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    running = time.clock_gettime(time.CLOCK_BOOTTIME) - int(stat[19]) / os.sysconf("SC_CLK_TCK")
     return time.time() - running
 
 

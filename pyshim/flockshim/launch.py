@@ -19,12 +19,16 @@ MODES = ("auto", "host", "success", "fail")
 # for looking up names that nobody gave.
 DEFAULT_ERRNOS = "38,95,37,524"
 
+# Some eleven days; who wants to wait longer waits for ever.
+MAX_TIMEOUT = 999999
+
 VARIABLES = (
     "LD_PRELOAD",
     "FLOCKSHIM_MODE",
     "FLOCKSHIM_ERRNO",
     "FLOCKSHIM_FORCE",
     "FLOCKSHIM_SIMULATE",
+    "FLOCKSHIM_TIMEOUT",
     "FLOCKSHIM_QUIET",
     "FLOCKSHIM_VERBOSE",
     "FLOCKSHIM_DIR",
@@ -45,6 +49,7 @@ def environment(
     errno: "str | None" = None,
     force: "bool | None" = None,
     simulate: "str | None" = None,
+    timeout: "str | None" = None,
     quiet: "bool | None" = None,
     verbose: "bool | None" = None,
 ) -> "dict[str, str]":
@@ -64,6 +69,7 @@ def environment(
         "errno": _source(base, "errno", errno),
         "force": _source(base, "force", force),
         "simulate": _source(base, "simulate", simulate),
+        "timeout": _source(base, "timeout", timeout),
         "quiet": _source(base, "quiet", quiet),
         "verbose": _source(base, "verbose", verbose),
         "dir": _source(base, "dir", None),
@@ -142,6 +148,19 @@ def _simulate(label: str, text: "str | None") -> str:
     return f"{number}:{os.path.realpath(directory)}"
 
 
+def _timeout(label: str, text: "str | None") -> str:
+    if not text:
+        return ""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_TIMEOUT:
+        raise FlockshimError(f"{label}: {text!r} is not a number of seconds from 0 to {MAX_TIMEOUT}")
+    # The shim reads thousandths of a second, and no exponents.
+    return f"{seconds:.3f}".rstrip("0").rstrip(".")
+
+
 def _dir(label: str, text: "str | None") -> str:
     # The program may change its working directory before its first lock.
     if text and not os.path.isabs(text):
@@ -164,6 +183,7 @@ READERS: "dict[str, Callable[[str, Any], str]]" = {
     "errno": _errno,
     "force": _flag,
     "simulate": _simulate,
+    "timeout": _timeout,
     "quiet": _flag,
     "verbose": _flag,
     "dir": _dir,

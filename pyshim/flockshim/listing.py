@@ -57,7 +57,7 @@ def _path(descriptions: list[Description]) -> str:
 def _holder(description: Description, exclusive: bool) -> dict[str, Any]:
     program = _program(description.pid, exclusive, description.since)
     # The process that called flock(2) may have ended, as in a shell's (flock 9; ...) 9>file.
-    return {**program, "taken_by": description.taker}
+    return {**program, "taken_by": description.taker, "taker_ended": not holders.is_alive(description.taker)}
 
 
 def _program(pid: int, exclusive: bool, since: float) -> dict[str, Any]:

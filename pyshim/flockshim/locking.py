@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
 from typing import TYPE_CHECKING
@@ -11,9 +12,6 @@ from flockshim._native import ffi, lib
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-LONGEST = 999_999.0
-"""Seconds that can be waited for at most, some eleven days, unless it is for ever."""
 
 
 class TimedOutError(Exception):
@@ -31,11 +29,32 @@ class Locker:
         lib.config_read(self._config, ffi.new("char *[]", [*entries, ffi.NULL]))
 
     def by_kernel(self, descriptor: int, operation: int) -> int:
-        """Return the errno with which the kernel, or what ``--simulate`` or ``--force`` puts in its place, answers, or 0.
+        """Return the errno of the kernel, or of what ``--simulate`` or ``--force`` puts in its place, or 0.
 
         :param operation: that of ``flock(2)``.
         """
         return -int(lib.lock_by_kernel(self._config, descriptor, operation))
+
+    def rendezvous_directory(self) -> str:
+        """Return the directory in which the keepers of this host listen.
+
+        :raises FlockshimError: when its name is too long.
+        """
+        place = ffi.new("struct rendezvous *")
+        if lib.rendezvous_find(self._config, place) < 0:
+            raise FlockshimError("FLOCKSHIM_DIR: the name is too long for a socket's address: choose a shorter one")
+        return os.fsdecode(ffi.string(place.directory))
+
+    def unlock(self, descriptor: int) -> None:
+        """Give up the lock that was had by `by_kernel` or `by_mode`, for all who share the description.
+
+        :raises OSError: as ``flock(2)``.
+        """
+        error = self.by_kernel(descriptor, fcntl.LOCK_UN)
+        if error and self.is_refusal(error):
+            error = self.by_mode(descriptor, fcntl.LOCK_UN, error)
+        if error:
+            raise OSError(error, os.strerror(error))
 
     def is_refusal(self, error: int) -> bool:
         """Return whether *error* means that the kernel cannot lock, so that `by_mode` must."""
@@ -53,7 +72,7 @@ class Locker:
         :raises FlockshimError: when the lock cannot be emulated; says why.
         """
         wait = ffi.new("struct client_wait *")
-        left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), LONGEST)
+        left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), float(launch.MAX_TIMEOUT))
         wait.timeout = -1 if deadline is None else int(left * 1000)
         wait.cancel = cancel
         result = lib.lock_by_mode(self._config, wait, descriptor, operation, error)

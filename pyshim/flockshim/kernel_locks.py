@@ -1,0 +1,96 @@
+"""Who holds the kernel's own flock on a file, as /proc tells: proc(5), ``/proc/PID/fdinfo`` and ``/proc/locks``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import NamedTuple
+
+from flockshim import holders
+
+
+class KernelHolder(NamedTuple):
+    """A lock of the kernel's."""
+
+    exclusive: bool
+    taker: int
+    """The process that has called ``flock(2)``; it may have ended."""
+    pids: list[int]
+    """The processes that have the description open, the oldest first. Without those that may not be looked into, unless
+    they have called ``flock(2)`` themselves."""
+
+
+def find(file: os.stat_result) -> list[KernelHolder]:
+    """Return who holds a lock on a file. None are found where they are on another host, or in another pid namespace."""
+    with contextlib.suppress(OSError):
+        with open("/proc/locks", encoding="ascii", errors="replace") as lines:
+            listed = [_Lock.of(line.split()) for line in lines]
+        candidates = [lock for lock in listed if lock and lock.inode == file.st_ino]
+        if candidates:
+            return _by_descriptors(file) or _by_takers(candidates, file.st_dev)
+    return []
+
+
+def describe(file: os.stat_result) -> str:
+    """Return who holds a lock on a file, for people to read."""
+    for holder in find(file):
+        for pid in holder.pids:
+            return holders.describe(pid)
+    return "a program that cannot be seen from here: on another host, or in another container"
+
+
+class _Lock(NamedTuple):
+    exclusive: bool
+    pid: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, words: list[str]) -> _Lock | None:
+        """Read a line such as ``1: FLOCK  ADVISORY  WRITE 708 08:01:1234 0 EOF``; blocked ones have an arrow."""
+        if len(words) < 6 or words[1] != "FLOCK":
+            return None
+        major, minor, inode = words[5].split(":")
+        return cls(words[3] == "WRITE", int(words[4]), os.makedev(int(major, 16), int(minor, 16)), int(inode))
+
+
+def _by_descriptors(file: os.stat_result) -> list[KernelHolder]:
+    """Look for the descriptions themselves (Linux 4.1): whoever called flock(2) may have ended since.
+
+    One description is one lock; its processes are those whose descriptor shows the same lock.
+    """
+    found: dict[tuple[bool, int], list[int]] = {}
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        for lock in _locks_of(name, file):
+            pids = found.setdefault((lock.exclusive, lock.pid), [])
+            if int(name) not in pids:
+                pids.append(int(name))
+    return [
+        KernelHolder(exclusive, taker, sorted(pids, key=lambda pid: holders.started_at(pid) or 0.0))
+        for (exclusive, taker), pids in found.items()
+    ]
+
+
+def _locks_of(process: str, file: os.stat_result) -> list[_Lock]:
+    locks = []
+    with contextlib.suppress(OSError):
+        for number in os.listdir(f"/proc/{process}/fdinfo"):
+            with contextlib.suppress(OSError), open(f"/proc/{process}/fdinfo/{number}", "rb") as info:
+                for line in info.read().decode(errors="replace").splitlines():
+                    lock = _Lock.of(line.split()[1:]) if line.startswith("lock:") else None
+                    # Not the device: btrfs and overlayfs show others to stat(2) than to /proc.
+                    if lock and lock.inode == file.st_ino and _is(f"/proc/{process}/fd/{number}", file):
+                        locks.append(lock)
+    return locks
+
+
+def _is(path: str, file: os.stat_result) -> bool:
+    return os.path.samestat(os.stat(path), file)
+
+
+def _by_takers(locks: list[_Lock], device: int) -> list[KernelHolder]:
+    return [
+        KernelHolder(lock.exclusive, lock.pid, [lock.pid]) for lock in locks if lock.pid > 0 and lock.device == device
+    ]

@@ -1,0 +1,187 @@
+"""``flockshim --lock PATH COMMAND``: holds the advisory lock on PATH while COMMAND runs."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import stat
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from flockshim import FlockshimError, parent
+from flockshim.locking import Locker, TimedOutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+BUSY = 75
+"""EX_TEMPFAIL of sysexits.h: try again later."""
+
+INHERITED = 99
+"""COMMAND's descriptor of PATH has this number or a higher one, out of the way of scripts that use their own."""
+
+WORTH_MENTIONING = 1.0
+ALARM_INTERVAL = 0.1
+
+
+class Request(NamedTuple):
+    """What the command line asks for."""
+
+    path: str
+    shared: bool
+    no_wait: bool
+    inherit: bool
+
+
+class BusyError(Exception):
+    """Somebody else holds the lock, and we shall not wait, or no longer."""
+
+
+def run(request: Request, environ: Mapping[str, str], start: Callable[[], int]) -> int:
+    """Take the lock, run COMMAND by calling *start*, which becomes it, and return the exit status.
+
+    :param environ: the settings, and COMMAND's environment.
+    :raises FlockshimError: when the lock cannot be had at all.
+    """
+    locker = Locker(environ)
+    try:
+        descriptor = _take(locker, request, environ)
+    except BusyError as error:
+        if "FLOCKSHIM_QUIET" not in environ:
+            _say(f"cannot lock {request.path!r}: {error}")
+        return BUSY
+    with contextlib.suppress(OSError):  # a lower limit of descriptors
+        descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, INHERITED)
+    if request.inherit:
+        os.set_inheritable(descriptor, True)
+        return start()
+
+    def start_with_lock() -> int:
+        # So that the lock is not lost when this process is killed and COMMAND is not.
+        os.set_inheritable(descriptor, True)
+        return start()
+
+    status = parent.run(start_with_lock)
+    # Not by closing: what COMMAND has left running may have inherited the descriptor.
+    locker.unlock(descriptor)
+    return parent.end_as(status)
+
+
+def _take(locker: Locker, request: Request, environ: Mapping[str, str]) -> int:
+    """Return a descriptor of PATH, locked."""
+    timeout = environ.get("FLOCKSHIM_TIMEOUT")
+    deadline = time.monotonic() + float(timeout) if timeout else None
+    operation = fcntl.LOCK_SH if request.shared else fcntl.LOCK_EX
+    while True:
+        descriptor = _open(request.path)
+        error = locker.by_kernel(descriptor, operation | fcntl.LOCK_NB)
+        try:
+            if error and locker.is_refusal(error):
+                flags = fcntl.LOCK_NB if request.no_wait else 0
+                error = locker.by_mode(descriptor, operation | flags, error, deadline)
+            elif error == errno.EWOULDBLOCK and not request.no_wait:
+                error = _wait_for_kernel(locker, descriptor, operation, deadline, _Teller(request.path, environ))
+        except TimedOutError as timed_out:
+            raise BusyError(str(timed_out)) from None
+        except FlockshimError as refused:
+            raise FlockshimError(f"cannot lock {request.path!r}: {refused}") from None
+        if error == errno.EWOULDBLOCK:
+            raise BusyError(f"held by {_holder(locker, descriptor)}")
+        if error:
+            raise FlockshimError(f"cannot lock {request.path!r}: {os.strerror(error)}; see flockshim --check")
+        if _is_still_at(request.path, descriptor):
+            return descriptor
+        # Removed or replaced while we waited: whoever comes next will lock what is there now.
+        os.close(descriptor)
+
+
+def _open(path: str) -> int:
+    """Open what is locked: a directory as it is, a file made if missing.
+
+    For writing where that is possible, because NFS gives exclusive locks for nothing else (nfs(5), flock(2)).
+    """
+    flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    try:
+        try:
+            descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            descriptor = os.open(path, flags | os.O_RDONLY)
+    except OSError as error:
+        raise FlockshimError(f"cannot open {path!r} for locking: {error.strerror}") from None
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise FlockshimError(f"cannot lock {path!r}: neither a file nor a directory")
+    return descriptor
+
+
+def _is_still_at(path: str, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for_kernel(locker: Locker, descriptor: int, operation: int, deadline: float | None, teller: _Teller) -> int:
+    """Wait for the kernel's lock in the kernel's queue. Returns the errno, or 0.
+
+    :raises BusyError: when the deadline has passed.
+    """
+    from flockshim import kernel_locks
+
+    teller.waits(kernel_locks.describe(os.fstat(descriptor)))
+    if deadline is not None:
+        # Again and again: the first one may come just before the call.
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-6), ALARM_INTERVAL)
+    try:
+        while True:
+            error = locker.by_kernel(descriptor, operation)
+            if error != errno.EINTR:
+                break
+            if deadline is not None and time.monotonic() >= deadline:
+                holder = kernel_locks.describe(os.fstat(descriptor))
+                raise BusyError(f"waited for {teller.seconds():.3g} s, held by {holder}; wait longer (--timeout)")
+    finally:
+        if deadline is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    teller.has_waited()
+    return error
+
+
+def _holder(locker: Locker, descriptor: int) -> str:
+    from flockshim import kernel_locks, lock_list
+
+    file = os.fstat(descriptor)
+    return lock_list.holder_of(locker, file) or kernel_locks.describe(file)
+
+
+class _Teller:
+    """Tells the user of our waiting, as the shim does for emulated locks."""
+
+    def __init__(self, path: str, environ: Mapping[str, str]) -> None:
+        self._path = os.path.realpath(path)
+        self._since = time.monotonic()
+        loud = "FLOCKSHIM_VERBOSE" in environ or os.isatty(2)
+        self._silent = "FLOCKSHIM_QUIET" in environ or not loud
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._since
+
+    def waits(self, holder: str) -> None:
+        if not self._silent:
+            _say(f"waiting for the lock on {self._path}, held by {holder}")
+
+    def has_waited(self) -> None:
+        if not self._silent and self.seconds() >= WORTH_MENTIONING:
+            _say(f"got the lock on {self._path} after {int(self.seconds())} s")
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, os.fsencode(f"flockshim: {line}\n"))

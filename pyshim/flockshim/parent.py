@@ -1,0 +1,113 @@
+"""Runs COMMAND as a child, and behaves as if it were COMMAND: towards the shell, the terminal and who sends signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+from typing import TYPE_CHECKING
+
+from flockshim import holders
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# siginfo's si_code of what no process has sent: sigaction(2), SI_KERNEL.
+FROM_KERNEL = 0x80
+
+FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}
+
+# The terminal sends these to the whole process group, so COMMAND has them already: termios(3), tty_ioctl(4).
+FROM_TERMINAL = {
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTSTP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGHUP,
+    signal.SIGCONT,
+    signal.SIGWINCH,
+}
+
+
+def run(start: Callable[[], int]) -> int:
+    """Call *start* in a child, where it becomes COMMAND, and wait for that; return its status as ``waitpid(2)`` does.
+
+    What *start* returns where it did not become COMMAND is the child's exit status. Meanwhile signals sent to this
+    process are handed on, and it is stopped and continued with the child.
+    """
+    kept = {"SIGKILL", "SIGSTOP", *FAULTS}
+    handled = {number for number in signal.valid_signals() if _name(number) not in kept}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
+    # Where SIGCHLD is ignored children leave no status: wait(2).
+    disposition = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    child = os.fork()
+    if child == 0:
+        status = 125
+        try:
+            signal.signal(signal.SIGCHLD, disposition)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            status = start()
+        finally:
+            os._exit(status)
+    while True:
+        info = signal.sigwaitinfo(handled)
+        if info.si_signo == signal.SIGCHLD:
+            ended = _look_after(child)
+            if ended is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+                return ended
+        else:
+            _hand_on(info, child)
+
+
+def end_as(status: int) -> int:
+    """End as the child did that had this status of ``waitpid(2)``: does not return if that was by a signal."""
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        # One core dump is enough.
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+        os.kill(os.getpid(), number)
+        return 128 + number
+    return os.WEXITSTATUS(status)
+
+
+def _name(number: int) -> str:
+    # Real-time signals have none.
+    return getattr(number, "name", "")
+
+
+def _look_after(child: int) -> int | None:
+    """Return the status of a child that has ended. If it was stopped, stop too, as the shell expects of a job."""
+    while True:
+        pid, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+        if pid == 0:
+            return None
+        if not os.WIFSTOPPED(status):
+            return status
+        _stop(os.WSTOPSIG(status))
+
+
+def _stop(number: int) -> None:
+    os.kill(os.getpid(), number)
+    if number != signal.SIGSTOP:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+        signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+
+
+def _hand_on(info: signal.struct_siginfo, child: int) -> None:
+    number = info.si_signo
+    if info.si_code == FROM_KERNEL and number in FROM_TERMINAL and number != signal.SIGCONT:
+        return
+    # To its whole process group, by COMMAND itself.
+    if info.si_code <= 0 and info.si_pid == child:
+        return
+    # The shell continues whole groups.
+    if number == signal.SIGCONT and not holders.is_stopped(child):
+        return
+    with contextlib.suppress(OSError):  # set-uid
+        os.kill(child, number)
