@@ -32,8 +32,8 @@ def _native(world: World, scale: float) -> Iterable[Table]:
 
 
 def _contended(world: World, scale: float) -> Iterable[Table]:
-    for processes, rounds in ((16, 20), (100, 10)):
-        yield contended.handing_on(world, processes, int(rounds * scale))
+    for processes, rounds in ((16, 20), (100, 10), (500, 3)):
+        yield contended.handing_on(world, processes, max(1, int(rounds * scale)))
 
 
 def _first(world: World, scale: float) -> Iterable[Table]:

@@ -9,7 +9,7 @@
 struct client_wait {
     int timeout;   /* milliseconds; negative: for ever */
     int cancel;    /* a descriptor that is readable when the wait shall end as by a signal; or -1 */
-    int timed_out; /* out: the refusal is that the timeout is over */
+    int timed_out; /* out: the timeout is over; the refusal is who holds the lock */
     char refusal[PROTOCOL_TEXT]; /* out: why the protection cannot be given, or empty */
 };
 

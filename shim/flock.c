@@ -10,7 +10,9 @@ static int emulated(const struct config *config, int descriptor, int operation, 
     struct client_wait wait = {.timeout = config->timeout, .cancel = -1};
     int result = lock_by_mode(config, &wait, descriptor, operation, kernel_error);
 
-    if (*wait.refusal)
+    if (wait.timed_out)
+        report_timeout(config, descriptor, wait.refusal);
+    else if (*wait.refusal)
         report(config, descriptor, wait.refusal);
     return result;
 }

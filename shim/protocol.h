@@ -21,7 +21,7 @@ enum protocol_kind {
     KIND_WAITING = 6,  /* not yet; text is who holds the lock. Only where FLAG_TELL asks for it */
     KIND_GRANT = 7, /* granted after a wait, if the program is still there: it answers KIND_TAKEN */
     KIND_TAKEN = 8,
-    KIND_TIMEOUT = 9, /* a refusal: timeout is over */
+    KIND_TIMEOUT = 9, /* a refusal: the timeout is over; text is who holds the lock */
     KIND_LIST = 10,   /* write who holds and who waits, as JSON, to the descriptor attached */
 };
 

@@ -67,6 +67,11 @@ void report(const struct config *config, int descriptor, const char *what) {
         say(config, "cannot lock ", descriptor, ": ", what);
 }
 
+void report_timeout(const struct config *config, int descriptor, const char *holder) {
+    if (!config->quiet)
+        say(config, "cannot lock ", descriptor, ": timed out (--timeout), held by ", holder);
+}
+
 void report_waiting(const struct config *config, int descriptor, const char *holder) {
     say(config, "waiting for the lock on ", descriptor, ", held by ", holder);
 }

@@ -7,6 +7,9 @@
 /* "flockshim: cannot lock PATH: WHAT", nothing where the user asked for quiet. */
 void report(const struct config *config, int descriptor, const char *what);
 
+/* The same of a wait that has lasted for too long. */
+void report_timeout(const struct config *config, int descriptor, const char *holder);
+
 /* A blocking call that has to wait, and its end where that took a second or more. */
 void report_waiting(const struct config *config, int descriptor, const char *holder);
 void report_waited(const struct config *config, int descriptor, long seconds);

@@ -22,21 +22,27 @@ class KernelHolder(NamedTuple):
 
 def find(file: os.stat_result) -> list[KernelHolder]:
     """Return who holds a lock on a file. None are found where they are on another host, or in another pid namespace."""
-    with contextlib.suppress(OSError):
-        with open("/proc/locks", encoding="ascii", errors="replace") as lines:
-            listed = [_Lock.of(line.split()) for line in lines]
-        candidates = [lock for lock in listed if lock and lock.inode == file.st_ino]
-        if candidates:
-            return _by_descriptors(file) or _by_takers(candidates, file.st_dev)
-    return []
+    listed = _listed(file)
+    return (_open_in(os.listdir("/proc"), file) or _by_takers(listed, file.st_dev)) if listed else []
 
 
 def describe(file: os.stat_result) -> str:
     """Return who holds a lock on a file, for people to read."""
-    for holder in find(file):
-        for pid in holder.pids:
-            return holders.describe(pid)
+    # Mostly whoever has called flock(2) still has it; to look into all processes takes a while.
+    takers = [str(lock.pid) for lock in _listed(file)]
+    for holder in _open_in(takers, file) or find(file):
+        return holders.describe(holder.pids[0])
     return "a program that cannot be seen from here: on another host, or in another container"
+
+
+def _listed(file: os.stat_result) -> list[_Lock]:
+    """Return the locks on files of this number; the device that /proc tells need not be that of stat(2), as on btrfs."""
+    try:
+        with open("/proc/locks", encoding="ascii", errors="replace") as lines:
+            locks = [_Lock.of(line.split()) for line in lines]
+    except OSError:
+        return []
+    return [lock for lock in locks if lock and lock.inode == file.st_ino]
 
 
 class _Lock(NamedTuple):
@@ -54,15 +60,13 @@ class _Lock(NamedTuple):
         return cls(words[3] == "WRITE", int(words[4]), os.makedev(int(major, 16), int(minor, 16)), int(inode))
 
 
-def _by_descriptors(file: os.stat_result) -> list[KernelHolder]:
+def _open_in(processes: list[str], file: os.stat_result) -> list[KernelHolder]:
     """Look for the descriptions themselves (Linux 4.1): whoever called flock(2) may have ended since.
 
     One description is one lock; its processes are those whose descriptor shows the same lock.
     """
     found: dict[tuple[bool, int], list[int]] = {}
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
+    for name in filter(str.isdigit, processes):
         for lock in _locks_of(name, file):
             pids = found.setdefault((lock.exclusive, lock.pid), [])
             if int(name) not in pids:
@@ -80,7 +84,6 @@ def _locks_of(process: str, file: os.stat_result) -> list[_Lock]:
             with contextlib.suppress(OSError), open(f"/proc/{process}/fdinfo/{number}", "rb") as info:
                 for line in info.read().decode(errors="replace").splitlines():
                     lock = _Lock.of(line.split()[1:]) if line.startswith("lock:") else None
-                    # Not the device: btrfs and overlayfs show others to stat(2) than to /proc.
                     if lock and lock.inode == file.st_ino and _is(f"/proc/{process}/fd/{number}", file):
                         locks.append(lock)
     return locks

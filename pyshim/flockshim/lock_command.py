@@ -85,7 +85,7 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str]) -> int:
             elif error == errno.EWOULDBLOCK and not request.no_wait:
                 error = _wait_for_kernel(locker, descriptor, operation, deadline, _Teller(request.path, environ))
         except TimedOutError as timed_out:
-            raise BusyError(str(timed_out)) from None
+            raise BusyError(f"timed out (--timeout), held by {timed_out}") from None
         except FlockshimError as refused:
             raise FlockshimError(f"cannot lock {request.path!r}: {refused}") from None
         if error == errno.EWOULDBLOCK:
@@ -129,7 +129,7 @@ def _is_still_at(path: str, descriptor: int) -> bool:
 def _wait_for_kernel(locker: Locker, descriptor: int, operation: int, deadline: float | None, teller: _Teller) -> int:
     """Wait for the kernel's lock in the kernel's queue. Returns the errno, or 0.
 
-    :raises BusyError: when the deadline has passed.
+    :raises TimedOutError: when the deadline has passed.
     """
     from flockshim import kernel_locks
 
@@ -144,8 +144,7 @@ def _wait_for_kernel(locker: Locker, descriptor: int, operation: int, deadline: 
             if error != errno.EINTR:
                 break
             if deadline is not None and time.monotonic() >= deadline:
-                holder = kernel_locks.describe(os.fstat(descriptor))
-                raise BusyError(f"waited for {teller.seconds():.3g} s, held by {holder}; wait longer (--timeout)")
+                raise TimedOutError(kernel_locks.describe(os.fstat(descriptor)))
     finally:
         if deadline is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TimedOutError(Exception):
-    """An emulated lock was not had in time; ``str()`` of it says who holds it."""
+    """A lock was not had in time; ``str()`` of it says who holds it."""
 
 
 class Locker:

@@ -201,7 +201,7 @@ class LockService:
         who = self._describe(self.files[connection.waiter.owner.key])
         self.programs.forget(connection)
         self.withdraw(connection)
-        connection.time_out(f"waited for {connection.timeout / 1000:g} s, held by {who}; wait longer (--timeout)")
+        connection.time_out(who)
 
     def _describe(self, file: File) -> str:
         for description in file.lock.holders:

@@ -52,9 +52,9 @@ class Connection:
         """Tell a program that wants to know whom it waits for."""
         lib.native_send(self.descriptor, lib.KIND_WAITING, 0, holder.encode(errors="replace"))
 
-    def time_out(self, text: str) -> None:
+    def time_out(self, holder: str) -> None:
         """Tell a program that it has waited for as long as it would."""
-        lib.native_answer(self.descriptor, lib.KIND_TIMEOUT, 0, text.encode(errors="replace"))
+        lib.native_answer(self.descriptor, lib.KIND_TIMEOUT, 0, holder.encode(errors="replace"))
 
     def refuse(self, text: str) -> None:
         """Say why no protection can be given."""
