@@ -149,7 +149,7 @@ def _simulate(label: str, text: "str | None") -> str:
 
 
 def _timeout(label: str, text: "str | None") -> str:
-    if not text:
+    if text is None:
         return ""
     try:
         seconds = float(text)
@@ -157,8 +157,8 @@ def _timeout(label: str, text: "str | None") -> str:
         seconds = -1.0
     if not 0 <= seconds <= MAX_TIMEOUT:
         raise FlockshimError(f"{label}: {text!r} is not a number of seconds from 0 to {MAX_TIMEOUT}")
-    # The shim reads thousandths of a second, and no exponents.
-    return f"{seconds:.3f}".rstrip("0").rstrip(".")
+    # The shim reads thousandths of a second, no exponents, and no sign, not even that of -0.
+    return f"{abs(seconds):.3f}".rstrip("0").rstrip(".")
 
 
 def _dir(label: str, text: "str | None") -> str:

@@ -182,5 +182,8 @@ class _Teller:
 
 
 def _say(line: str) -> None:
+    # A terminal with TOSTOP would stop us in the background: termios(3).
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
     with contextlib.suppress(OSError):
         os.write(2, os.fsencode(f"flockshim: {line}\n"))
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -99,9 +99,22 @@ def _stop(number: int) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, [number])
 
 
+def _has_it_from_terminal(number: int, child: int) -> bool:
+    if number == signal.SIGCONT:
+        return False
+    # A terminal that is closed tells the leader of the session alone: credentials(7).
+    if number == signal.SIGHUP and os.getsid(0) == os.getpid():
+        return False
+    # timeout(1), for one, makes a process group of its own.
+    try:
+        return os.getpgid(child) == os.getpgrp()
+    except ProcessLookupError:
+        return True
+
+
 def _hand_on(info: signal.struct_siginfo, child: int) -> None:
     number = info.si_signo
-    if info.si_code == FROM_KERNEL and number in FROM_TERMINAL and number != signal.SIGCONT:
+    if info.si_code == FROM_KERNEL and number in FROM_TERMINAL and _has_it_from_terminal(number, child):
         return
     # To its whole process group, by COMMAND itself.
     if info.si_code <= 0 and info.si_pid == child:

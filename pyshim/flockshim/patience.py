@@ -44,6 +44,8 @@ class Patience:
     def look(self, now: float) -> None:
         """Do what is due."""
         for connection, (tell, end) in list(self._waiting.items()):
+            if connection not in self._waiting:
+                continue  # another's end has given it the lock
             if end <= now:
                 self._end(connection)
             elif tell <= now:
