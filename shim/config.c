@@ -149,6 +149,8 @@ __attribute__((constructor)) static void load_early(void) {
 }
 
 int config_triggers(const struct config *config, int error) {
+    if (error && (error == config->simulate || (config->force && error == CONFIG_FORCED_ERROR)))
+        return 1;
     for (int i = 0; i < config->trigger_count; i++) {
         if (config->triggers[i] == error)
             return 1;

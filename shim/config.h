@@ -15,6 +15,9 @@
  * it. */
 #define ERRNO_KERNEL_ENOTSUPP 524
 
+/* What stands in for the kernel's answer where --force keeps it from being asked. */
+#define CONFIG_FORCED_ERROR ENOSYS
+
 enum config_mode { MODE_HOST, MODE_SUCCESS, MODE_FAIL };
 
 struct config {
@@ -39,6 +42,7 @@ struct config {
 const struct config *config_get(void);
 /* Those of an environment: "NAME=value" strings, NULL at the end. */
 void config_read(struct config *config, char **environment);
+/* Whether a lock call's errno means that the kernel cannot lock. */
 int config_triggers(const struct config *config, int error);
 
 extern char **environ __attribute__((weak));

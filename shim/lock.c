@@ -40,7 +40,7 @@ static int answer_without_kernel(const struct config *config, int descriptor, in
         (!*config->simulate_directory || is_below(descriptor, config->simulate_directory)))
         return config->simulate;
     if (config->force && (S_ISREG(status.st_mode) || S_ISDIR(status.st_mode)))
-        return ENOSYS;
+        return CONFIG_FORCED_ERROR;
     return 0;
 }
 

@@ -46,6 +46,14 @@ static void write_error(const struct config *config, const char *line, size_t le
     sys4(SYS_rt_sigprocmask, SIG_SETMASK, &before, NULL, sizeof before);
 }
 
+/* A name must not make a terminal do something. */
+static void make_printable(char *path) {
+    for (; *path; path++) {
+        if ((unsigned char)*path < ' ' || *path == 127)
+            *path = '?';
+    }
+}
+
 static void say(const struct config *config, const char *before, int descriptor,
                 const char *between, const char *after) {
     char path[1024];
@@ -53,6 +61,7 @@ static void say(const struct config *config, const char *before, int descriptor,
     struct text text = text_over(line, sizeof line - 1);
 
     path_of_descriptor(descriptor, path, sizeof path);
+    make_printable(path);
     text_add(&text, "flockshim: ");
     text_add(&text, before);
     text_add(&text, *path ? path : "a file");

@@ -63,6 +63,8 @@ FAILED = 125
 CANNOT_EXECUTE = 126
 NOT_FOUND = 127
 
+CHECK_SECONDS = 5.0
+
 WITH_VALUE = ("mode", "errno", "simulate", "timeout", "lock")
 FLAGS = (
     "force",
@@ -147,7 +149,9 @@ def _inspect(options: "dict[str, str | bool]", paths: "list[str]") -> int:
     for name in options:
         if name not in (WITH_LOCKS if what == "locks" else WITH_CHECK):
             raise FlockshimError(f"--{what} and --{name} exclude each other: leave one out")
-    environ = launch.environment(_own_environment(), timeout=options.get("timeout"))  # type: ignore[arg-type]
+    # How long programs wait for locks is no measure of how long a file system may take.
+    base = {**_own_environment(), "FLOCKSHIM_TIMEOUT": ""}
+    environ = launch.environment(base, timeout=options.get("timeout"))  # type: ignore[arg-type]
     if what == "locks":
         from flockshim import locks_command
 
@@ -156,7 +160,8 @@ def _inspect(options: "dict[str, str | bool]", paths: "list[str]") -> int:
         raise FlockshimError(f"--check takes one directory, but was given {paths[1]!r} too")
     from flockshim import check
 
-    return check.main(paths[0] if paths else None, "json" in options, float(environ.get("FLOCKSHIM_TIMEOUT") or 5))
+    seconds = float(environ.get("FLOCKSHIM_TIMEOUT", CHECK_SECONDS))
+    return check.main(paths[0] if paths else None, "json" in options, seconds)
 
 
 def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
@@ -226,7 +231,7 @@ def _start(command: "list[str]", environ: "dict[str, str]", lock: "dict[str, str
             no_wait="no-wait" in lock,
             inherit="inherit" in lock,
         )
-        return lock_command.run(request, environ, lambda: _become(path, arguments, environ))
+        return lock_command.run(request, environ, lambda: _become(path, arguments, environ), _say)
     return _become(path, arguments, environ)
 
 
@@ -267,8 +272,20 @@ def _print(text: str) -> None:
 
 
 def _fail(message: str, status: int) -> int:
+    _say(message)
+    return status
+
+
+def _say(line: str) -> None:
+    """Write to standard error what may have letters that the locale has not."""
     import contextlib
 
+    try:
+        data = os.fsencode(f"flockshim: {line}\n")
+    except UnicodeEncodeError:
+        data = f"flockshim: {line}\n".encode(errors="replace")
+    # A terminal with TOSTOP would stop us in the background: termios(3).
+    before = _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGTTOU])
     with contextlib.suppress(OSError):  # nobody may listen; the status still tells
-        os.write(2, os.fsencode(f"flockshim: {message}\n"))
-    return status
+        os.write(2, data)
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, before)

@@ -6,6 +6,8 @@ import os
 import time
 
 MAX_COMMAND = 80
+# Bytes that are no text in this locale, as os.fsdecode has them.
+SURROGATES = {chr(0xDC00 + byte) for byte in range(128, 256)}
 NAME_LENGTH = 15  # of /proc/PID/comm, as proc(5) has it
 
 
@@ -16,9 +18,9 @@ def command_of(pid: int) -> str:
     """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = os.fsdecode(file.read()).rstrip("\0").split("\0")
+            words = file.read().decode(errors="replace").rstrip("\0").split("\0")
         with open(f"/proc/{pid}/comm", "rb") as file:
-            name = os.fsdecode(file.read()).rstrip("\n")
+            name = file.read().decode(errors="replace").rstrip("\n")
     except OSError:
         return ""
     if words == [""]:
@@ -28,8 +30,13 @@ def command_of(pid: int) -> str:
             words = words[index:]
             break
     words[0] = os.path.basename(words[0])
-    command = "".join(letter if letter.isprintable() else " " for letter in " ".join(words))
-    return command if len(command) <= MAX_COMMAND else command[: MAX_COMMAND - 1] + "…"
+    command = printable(" ".join(words))
+    return command if len(command) <= MAX_COMMAND else command[: MAX_COMMAND - 3] + "..."
+
+
+def printable(text: str) -> str:
+    """Return a name without what would make a terminal do something."""
+    return "".join(letter if letter.isprintable() or letter in SURROGATES else "?" for letter in text)
 
 
 def _stat(pid: int) -> list[bytes]:

@@ -102,10 +102,10 @@ class _LockFile:
     def write(self, text: str) -> None:
         with contextlib.suppress(OSError):  # the file system is full: it is only a name
             os.ftruncate(self.descriptor, 0)
-            os.pwrite(self.descriptor, os.fsencode(text), 0)
+            os.pwrite(self.descriptor, text.encode(errors="replace"), 0)
 
     def read(self) -> str:
-        return os.fsdecode(os.pread(self.descriptor, MAX_TEXT, 0))
+        return os.pread(self.descriptor, MAX_TEXT, 0).decode(errors="replace")
 
     def close(self) -> None:
         if self.descriptor >= 0:

@@ -11,7 +11,7 @@ import stat
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from flockshim import FlockshimError, parent
+from flockshim import FlockshimError, holders, parent
 from flockshim.locking import Locker, TimedOutError
 
 if TYPE_CHECKING:
@@ -40,18 +40,19 @@ class BusyError(Exception):
     """Somebody else holds the lock, and we shall not wait, or no longer."""
 
 
-def run(request: Request, environ: Mapping[str, str], start: Callable[[], int]) -> int:
+def run(request: Request, environ: Mapping[str, str], start: Callable[[], int], say: Callable[[str], None]) -> int:
     """Take the lock, run COMMAND by calling *start*, which becomes it, and return the exit status.
 
     :param environ: the settings, and COMMAND's environment.
+    :param say: writes a line to standard error.
     :raises FlockshimError: when the lock cannot be had at all.
     """
     locker = Locker(environ)
     try:
-        descriptor = _take(locker, request, environ)
+        descriptor = _take(locker, request, environ, _Teller(request.path, environ, say))
     except BusyError as error:
         if "FLOCKSHIM_QUIET" not in environ:
-            _say(f"cannot lock {request.path!r}: {error}")
+            say(f"cannot lock {request.path!r}: {error}")
         return BUSY
     with contextlib.suppress(OSError):  # a lower limit of descriptors
         descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, INHERITED)
@@ -70,7 +71,7 @@ def run(request: Request, environ: Mapping[str, str], start: Callable[[], int]) 
     return parent.end_as(status)
 
 
-def _take(locker: Locker, request: Request, environ: Mapping[str, str]) -> int:
+def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: _Teller) -> int:
     """Return a descriptor of PATH, locked."""
     timeout = environ.get("FLOCKSHIM_TIMEOUT")
     deadline = time.monotonic() + float(timeout) if timeout else None
@@ -83,7 +84,7 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str]) -> int:
                 flags = fcntl.LOCK_NB if request.no_wait else 0
                 error = locker.by_mode(descriptor, operation | flags, error, deadline)
             elif error == errno.EWOULDBLOCK and not request.no_wait:
-                error = _wait_for_kernel(locker, descriptor, operation, deadline, _Teller(request.path, environ))
+                error = _wait_for_kernel(locker, descriptor, operation, deadline, teller)
         except TimedOutError as timed_out:
             raise BusyError(f"timed out (--timeout), held by {timed_out}") from None
         except FlockshimError as refused:
@@ -137,6 +138,7 @@ def _wait_for_kernel(locker: Locker, descriptor: int, operation: int, deadline: 
     if deadline is not None:
         # Again and again: the first one may come just before the call.
         signal.signal(signal.SIGALRM, lambda *_: None)
+        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
         signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-6), ALARM_INTERVAL)
     try:
         while True:
@@ -148,6 +150,7 @@ def _wait_for_kernel(locker: Locker, descriptor: int, operation: int, deadline: 
     finally:
         if deadline is not None:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
     teller.has_waited()
     return error
@@ -163,8 +166,9 @@ def _holder(locker: Locker, descriptor: int) -> str:
 class _Teller:
     """Tells the user of our waiting, as the shim does for emulated locks."""
 
-    def __init__(self, path: str, environ: Mapping[str, str]) -> None:
-        self._path = os.path.realpath(path)
+    def __init__(self, path: str, environ: Mapping[str, str], say: Callable[[str], None]) -> None:
+        self._say = say
+        self._path = holders.printable(os.path.realpath(path))
         self._since = time.monotonic()
         loud = "FLOCKSHIM_VERBOSE" in environ or os.isatty(2)
         self._silent = "FLOCKSHIM_QUIET" in environ or not loud
@@ -174,16 +178,8 @@ class _Teller:
 
     def waits(self, holder: str) -> None:
         if not self._silent:
-            _say(f"waiting for the lock on {self._path}, held by {holder}")
+            self._say(f"waiting for the lock on {self._path}, held by {holder}")
 
     def has_waited(self) -> None:
         if not self._silent and self.seconds() >= WORTH_MENTIONING:
-            _say(f"got the lock on {self._path} after {int(self.seconds())} s")
-
-
-def _say(line: str) -> None:
-    # A terminal with TOSTOP would stop us in the background: termios(3).
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
-    with contextlib.suppress(OSError):
-        os.write(2, os.fsencode(f"flockshim: {line}\n"))
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            self._say(f"got the lock on {self._path} after {int(self.seconds())} s")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -41,6 +42,8 @@ def run(paths: list[str], as_json: bool, environ: Mapping[str, str]) -> int:
         text = json.dumps({"version": 1, "host": host, "files": files, "silent": silent}, indent=2) + "\n"
     else:
         text = "".join(_lines(file) for file in files) or "no locks\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     sys.stdout.write(text)
     for socket in silent:
         sys.stderr.write(
@@ -81,7 +84,7 @@ def _kernel_file(path: str, status: os.stat_result) -> list[dict[str, Any]]:
 
 def _lines(file: dict[str, Any]) -> str:
     note = "" if file["kind"] == "emulated" else "  (locked by the kernel, which does not tell since when)"
-    lines = [f"{file['path']}{note}"]
+    lines = [f"{holders.printable(file['path'])}{note}"]
     for holder in file["holders"]:
         lines.append("  held by   " + _program(holder))
         if holder["taker_ended"] and holder["taken_by"] != holder["pid"]:

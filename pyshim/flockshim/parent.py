@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from typing import TYPE_CHECKING
 
 from flockshim import holders
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
 # siginfo's si_code of what no process has sent: sigaction(2), SI_KERNEL.
 FROM_KERNEL = 0x80
+
+WATCH_SECONDS = 0.2
 
 FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}
 
@@ -35,7 +38,8 @@ def run(start: Callable[[], int]) -> int:
     """Call *start* in a child, where it becomes COMMAND, and wait for that; return its status as ``waitpid(2)`` does.
 
     What *start* returns where it did not become COMMAND is the child's exit status. Meanwhile signals sent to this
-    process are handed on, and it is stopped and continued with the child.
+    process are handed on, and it is stopped and continued with the child. Signals are blocked from then on: COMMAND
+    has had its end, and so must what follows.
     """
     kept = {"SIGKILL", "SIGSTOP", *FAULTS}
     handled = {number for number in signal.valid_signals() if _name(number) not in kept}
@@ -56,7 +60,6 @@ def run(start: Callable[[], int]) -> int:
         if info.si_signo == signal.SIGCHLD:
             ended = _look_after(child)
             if ended is not None:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 return ended
         else:
             _hand_on(info, child)
@@ -89,14 +92,36 @@ def _look_after(child: int) -> int | None:
             return None
         if not os.WIFSTOPPED(status):
             return status
-        _stop(os.WSTOPSIG(status))
+        _stop_with(child, os.WSTOPSIG(status))
 
 
-def _stop(number: int) -> None:
-    os.kill(os.getpid(), number)
+def _stop_with(child: int, number: int) -> None:
+    """Stop by this signal until we are continued, or the child alone is."""
+    us = os.getpid()
+    watcher = os.fork()
+    if watcher == 0:
+        try:
+            _watch(child, us)
+        finally:
+            os._exit(0)
+    os.kill(us, number)
     if number != signal.SIGSTOP:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
         signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    os.kill(watcher, signal.SIGKILL)
+    os.waitpid(watcher, 0)
+
+
+def _watch(child: int, parent: int) -> None:
+    """Continue the parent as long as the child runs, until killed. A stopped process cannot see that itself."""
+    # Whoever reads the other end of a pipe waits for its last writer.
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            os.close(int(name))
+    while os.getppid() == parent:
+        time.sleep(WATCH_SECONDS)
+        if not holders.is_stopped(child):
+            os.kill(parent, signal.SIGCONT)
 
 
 def _has_it_from_terminal(number: int, child: int) -> bool:
