@@ -1,16 +1,18 @@
-"""``flockshim --check``: what a directory's file system can lock, tried, and in words that need no knowledge of locks."""
+"""``flockshim --check``: tries what a directory's file system can lock, and says so in plain words."""
 
+import errno
 import json
 import os
 import signal
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NamedTuple, Optional
 
 from flockshim import FlockshimError, errnos, filesystems, launch, probes
 from flockshim.filesystems import FileSystem, Reach
+from flockshim.probe_child import Hangs
 
 WORKS = 0
 FAILS = 1
@@ -56,8 +58,11 @@ def main(directory: Optional[str], as_json: bool, seconds: float) -> int:
     :param seconds: how long each call may take before it is said to hang.
     :returns: the exit status: 0 locks work, 1 they fail, 2 they hang or exclude nobody, 3 they work on this host
         only, as far as can be told.
-    :raises FlockshimError: when *directory* is missing or nothing can be tried in it; what is known is printed before.
+    :raises FlockshimError: when *directory* is missing or nothing can be tried in it (what is known is printed before),
+        or *seconds* is not positive.
     """
+    if seconds <= 0:
+        raise FlockshimError("--check needs some time for each call: give a --timeout of more than 0 seconds")
     directory = directory or "."
     with _removing_before_death():
         path, device, trouble = _place(directory, seconds)
@@ -114,10 +119,11 @@ def as_text(report: Report) -> str:
     rows = {
         "file system": where,
         "options": ", ".join(options),
-        "known": report.reach.why,
+        # How far its locks reach is of no interest where it gives none.
+        "known": "" if report.verdict.scope == "none" else report.reach.why,
         "flock": _kind_in_words(report.outcomes, "flock"),
-        "record locks": f"of processes: {_kind_in_words(report.outcomes, 'fcntl')}; "
-        f"of open files: {_kind_in_words(report.outcomes, 'ofd')}",
+        "fcntl": _kind_in_words(report.outcomes, "fcntl"),
+        "fcntl (OFD)": _kind_in_words(report.outcomes, "ofd"),
         "file names": _names_in_words(report.outcomes),
     }
     table = "\n".join(
@@ -134,7 +140,7 @@ def as_text(report: Report) -> str:
 def judge(path: str, outcomes: dict[str, str], reach: Reach, seconds: float) -> Verdict:
     """Return what the *outcomes* of trying, all probes by name, mean for programs that use *path*."""
     flock = _of_kind(outcomes, "flock")
-    bad = [outcome for outcome in flock if outcome not in (probes.OK, probes.SKIPPED)]
+    bad = list(filter(_is_bad, flock))
     records = _record_locks_in_words(outcomes)
     if not bad:
         return _working(path, reach, records)
@@ -197,18 +203,151 @@ def _emulated_reach(reach: Reach) -> str:
 
 def _record_locks_in_words(outcomes: dict[str, str]) -> str:
     """Return a sentence about record locks, with a space before it, where there is something to warn of."""
-    if not any(_is_bad(outcome) for kind in ("fcntl", "ofd") for outcome in _of_kind(outcomes, kind)):
-        return ""
-    whose = "fcntl" if any(map(_is_bad, _of_kind(outcomes, "fcntl"))) else "ofd"
-    what = "Record locks (fcntl), as SQLite and conda take them," if whose == "fcntl" else "Record locks of open files"
-    who = (
-        "SQLite, conda and the like will fail there" if whose == "fcntl" else "programs that need them will fail there"
-    )
-    words = _kind_in_words(outcomes, whose).replace("works", "work")
-    for singular, plural in (("hangs", "hang"), ("fails", "fail"), ("gives one lock", "are given")):
-        words = words.replace(singular, plural)
-    return f" {what} {words}, and this version of flockshim does not replace them: {who}; keep their files elsewhere."
+    if any(map(_is_bad, _of_kind(outcomes, "fcntl"))):
+        return (
+            f" fcntl(), with which SQLite and conda lock, {_kind_in_words(outcomes, 'fcntl')}, and this version of "
+            "flockshim does not replace it: they will not work there, so keep their files elsewhere."
+        )
+    if any(map(_is_bad, _of_kind(outcomes, "ofd"))):
+        return (
+            f" fcntl() with F_OFD_SETLK, which few programs use, {_kind_in_words(outcomes, 'ofd')}, and this version "
+            "of flockshim does not replace it."
+        )
+    return ""
+
+
+def _kind_in_words(outcomes: dict[str, str], kind: str) -> str:
+    """Return what the locks of *kind* do, as a verb after their name."""
+    found = {probe: outcomes[f"{kind}_{probe}"] for probe in probes.LOCK_PROBES}
+    bad = {probe: outcome for probe, outcome in found.items() if _is_bad(outcome)}
+    if probes.HANGS in bad.values():
+        return "hangs"
+    if probes.EXCLUDES_NOBODY in bad.values():
+        return "gives one lock to two programs at once"
+    if probes.OK in found.values() and bad:
+        return "fails in part: " + ", ".join(f"{probe} with {outcome}" for probe, outcome in bad.items())
+    if bad:
+        return "fails with " + ", ".join(dict.fromkeys(_with_meaning(outcome) for outcome in bad.values()))
+    return "works" if probes.OK in found.values() else "was not tried"
+
+
+def _names_in_words(outcomes: dict[str, str]) -> str:
+    by_outcome: dict[str, list[str]] = {}
+    for name in probes.NAME_PROBES:
+        by_outcome.setdefault(outcomes[name], []).append(name.replace("_", " "))
+    return "; ".join(f"{', '.join(names)}: {outcome}" for outcome, names in by_outcome.items())
+
+
+def _with_meaning(name: str) -> str:
+    number = errnos.number(name, "errno")
+    return name if number == errnos.ENOTSUPP else f"{name} ({os.strerror(number)})"
+
+
+def _of_kind(outcomes: dict[str, str], kind: str) -> list[str]:
+    return [outcomes[f"{kind}_{probe}"] for probe in probes.LOCK_PROBES]
 
 
 def _is_bad(outcome: str) -> bool:
     return outcome not in (probes.OK, probes.SKIPPED)
+
+
+def _place(directory: str, seconds: float) -> tuple[str, Optional[int], str]:
+    """Return the real path of *directory*, its device, and what is the trouble if it does not answer."""
+    try:
+        path, device = probes.place(directory, seconds)
+    except Hangs:
+        path = os.path.abspath(directory)
+        return path, None, _no_answer(path, seconds)
+    except OSError as error:
+        raise FlockshimError(f"--check: {directory!r}: {error.strerror}: give a directory that you may use") from None
+    return path, device, ""
+
+
+def _try(path: str, seconds: float) -> tuple[dict[str, str], list[str], str]:
+    """Return the outcome of all probes, the files that could not be removed, and what is the trouble."""
+    outcomes, trouble = dict(_SKIPPED), ""
+    with probes.Trial(path, seconds) as trial:
+        try:
+            trial.writable()
+        except Hangs:
+            trouble = _no_answer(path, seconds)
+        except OSError as error:
+            reason = f"no file can be made in {path!r} ({error.strerror}), so nothing was tried"
+            trouble = f"--check: {reason}: {_remedy(error.errno)}"
+        else:
+            for kind in probes.KINDS:
+                outcomes.update((f"{kind}_{probe}", outcome) for probe, outcome in trial.locks(kind).items())
+            outcomes.update(trial.names())
+    return outcomes, trial.left_behind, trouble
+
+
+def _no_answer(path: str, seconds: float) -> str:
+    return (
+        f"--check: {path!r} does not answer within {seconds:g} s, so nothing was tried: "
+        "wait until its file server is back, or ask the administrator"
+    )
+
+
+def _remedy(number: Optional[int]) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "make room there first"
+    return "give a directory of the same file system in which you may write"
+
+
+def _file_system(path: str, device: Optional[int]) -> FileSystem:
+    try:
+        return filesystems.containing(path, device, filesystems.mounted())
+    except OSError:  # no /proc
+        return filesystems.NOT_FOUND
+
+
+@contextmanager
+def _removing_before_death() -> Iterator[None]:
+    """Let a signal that ends this process do so after the block has been left, with its files removed."""
+    caught: list[int] = []
+
+    def stop(number: int, _: Optional[FrameType]) -> None:
+        for ours in before:
+            signal.signal(ours, signal.SIG_IGN)
+        caught.append(number)
+        raise _StoppedError
+
+    # What is ignored, by nohup(1) for one, stays so.
+    before = {number: signal.getsignal(number) for number in probes.ENDING_SIGNALS}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    except _StoppedError:
+        pass
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        signal.signal(caught[0], signal.SIG_DFL)
+        os.kill(os.getpid(), caught[0])
+
+
+class _StoppedError(BaseException):
+    """A signal came that ends the process."""
+
+
+def _print(text: str) -> None:
+    try:
+        data = os.fsencode(text if text.endswith("\n") else text + "\n")
+        while data:
+            data = data[os.write(1, data) :]
+    except OSError as error:
+        raise FlockshimError(f"cannot write to standard output: {error.strerror}") from None
+
+
+def _warn(text: str) -> None:
+    with suppress(OSError):  # nobody may listen
+        os.write(2, os.fsencode(f"flockshim: warning: {text}\n"))
+
+
+_SKIPPED = {
+    **{f"{kind}_{probe}": probes.SKIPPED for kind in probes.KINDS for probe in probes.LOCK_PROBES},
+    **dict.fromkeys(probes.NAME_PROBES, probes.SKIPPED),
+}

@@ -155,7 +155,7 @@ def _inspect(options: "dict[str, str | bool]", paths: "list[str]") -> int:
     if what == "locks":
         from flockshim import locks_command
 
-        return locks_command.run(paths, "json" in options, environ)
+        return locks_command.run(paths, "json" in options, environ, _print, _say)
     if len(paths) > 1:
         raise FlockshimError(f"--check takes one directory, but was given {paths[1]!r} too")
     from flockshim import check
@@ -262,9 +262,16 @@ def _exports(environ: "dict[str, str]") -> str:
     return "".join(lines)
 
 
+def _encoded(text: str) -> bytes:
+    try:
+        return os.fsencode(text)
+    except UnicodeEncodeError:  # letters of another program that the locale has not
+        return text.encode(errors="replace")
+
+
 def _print(text: str) -> None:
     try:
-        data = os.fsencode(text)
+        data = _encoded(text)
         while data:
             data = data[os.write(1, data) :]
     except OSError as error:
@@ -277,15 +284,10 @@ def _fail(message: str, status: int) -> int:
 
 
 def _say(line: str) -> None:
-    """Write to standard error what may have letters that the locale has not."""
     import contextlib
 
-    try:
-        data = os.fsencode(f"flockshim: {line}\n")
-    except UnicodeEncodeError:
-        data = f"flockshim: {line}\n".encode(errors="replace")
     # A terminal with TOSTOP would stop us in the background: termios(3).
     before = _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGTTOU])
     with contextlib.suppress(OSError):  # nobody may listen; the status still tells
-        os.write(2, data)
+        os.write(2, _encoded(f"flockshim: {line}\n"))
     _signal.pthread_sigmask(_signal.SIG_SETMASK, before)

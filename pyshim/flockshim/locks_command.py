@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import sys
 from typing import TYPE_CHECKING
 
 from flockshim import FlockshimError, holders, kernel_locks, lock_list
 from flockshim.locking import Locker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
 
-def run(paths: list[str], as_json: bool, environ: Mapping[str, str]) -> int:
+def run(
+    paths: list[str],
+    as_json: bool,
+    environ: Mapping[str, str],
+    write: Callable[[str], None],
+    say: Callable[[str], None],
+) -> int:
     """Print the emulated locks of this user on this host, or those on *paths* and the kernel's locks on these too.
 
     The JSON is an object: ``version`` 1; ``host``; ``files``; ``silent``, the sockets of keepers that did not answer.
@@ -27,6 +31,7 @@ def run(paths: list[str], as_json: bool, environ: Mapping[str, str]) -> int:
     ``flock(2)``, and ``taker_ended``, whether that is no more: the lock is then held by a description that others have
     inherited.
 
+    :param write: writes to standard output, *say* a line to standard error.
     :raises FlockshimError: for a path that does not exist.
     """
     files, silent = lock_list.gather(Locker(environ))
@@ -42,13 +47,9 @@ def run(paths: list[str], as_json: bool, environ: Mapping[str, str]) -> int:
         text = json.dumps({"version": 1, "host": host, "files": files, "silent": silent}, indent=2) + "\n"
     else:
         text = "".join(_lines(file) for file in files) or "no locks\n"
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
-    sys.stdout.write(text)
+    write(text)
     for socket in silent:
-        sys.stderr.write(
-            f"flockshim: the keeper at {socket!r} does not answer: is it stopped, or of another version?\n"
-        )
+        say(f"the keeper at {socket!r} does not answer: is it stopped, or of another version?")
     return 0
 
 

@@ -1,24 +1,17 @@
-"""Tries what a directory's file system can lock, in child processes, so that a call that hangs costs no more than one.
+"""What ``--check`` tries in a directory: locks between two processes, and what is done with names.
 
-Everything that touches the file system is done by a :class:`Child`. A call that does not return in
-time is given up and its process killed, and not waited for: it may sleep where no signal reaches it.
+Everything that touches the file system is done by a :class:`flockshim.probe_child.Child`.
 """
 
-import contextlib
 import errno
-import fcntl
 import functools
-import marshal
 import os
 import signal
-import socket
-import stat
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
-from flockshim import FlockshimError, errnos
-from flockshim._native import lib
+from flockshim import errnos
+from flockshim.probe_child import Child, Hangs
 
 OK = "ok"
 HANGS = "hangs"
@@ -30,18 +23,10 @@ KINDS = ("flock", "fcntl", "ofd")
 LOCK_PROBES = ("shared", "exclusive", "nonblocking", "conflict")
 NAME_PROBES = ("exclusive_create", "link", "rename", "symlink")
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 _REFUSED = (errno.EWOULDBLOCK, errno.EACCES)
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-_MESSAGE_BYTES = 65536
-# How long the death of a killed process is awaited, which is at once unless it can't be killed.
-_DEATH_SECONDS = 0.5
-
-_FLOCK = {"shared": fcntl.LOCK_SH, "exclusive": fcntl.LOCK_EX, "unlock": fcntl.LOCK_UN}
-_RECORD = {"shared": fcntl.F_RDLCK, "exclusive": fcntl.F_WRLCK, "unlock": fcntl.F_UNLCK}
-
-
-class Hangs(Exception):
-    """A call has not returned in time."""
 
 
 class Place(NamedTuple):
@@ -50,119 +35,6 @@ class Place(NamedTuple):
     path: str
     """Absolute, without symbolic links."""
     device: int
-
-
-def examine(directory: str) -> tuple[str, int]:
-    """Return the real path and st_dev of *directory*.
-
-    :raises OSError: when it cannot be had, ENOTDIR when it is no directory.
-    """
-    path = os.path.realpath(directory)
-    status = os.stat(path)
-    if not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-    return path, status.st_dev
-
-
-def lock(descriptor: int, kind: str, mode: str, wait: bool) -> None:
-    """Ask the kernel for a lock on the whole file, past a shim that may be preloaded.
-
-    :param kind: one of KINDS.
-    :param mode: ``shared``, ``exclusive`` or ``unlock``.
-    :param wait: until it is free.
-    :raises OSError: as flock(2) and fcntl(2) say.
-    """
-    if kind == "flock":
-        error = lib.native_raw_flock(descriptor, _FLOCK[mode] | (0 if wait else fcntl.LOCK_NB))
-    else:
-        error = lib.native_raw_record_lock(descriptor, _RECORD[mode], kind == "ofd", wait)
-    if error:
-        raise OSError(-error, os.strerror(-error))
-
-
-_CALLS: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (examine, lock, os.open, os.close, os.link, os.symlink, os.rename, os.unlink)
-}
-
-
-class Child:
-    """A process that makes calls for this one."""
-
-    def __init__(self, seconds: float) -> None:
-        """Start it; each of its calls may take *seconds*."""
-        self._seconds = seconds
-        parent = os.getpid()
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pid = os.fork()
-        if self._pid == 0:
-            _serve(theirs, parent)
-        theirs.close()
-        self._socket.settimeout(seconds)
-
-    def ask(self, name: str, *arguments: object) -> Any:
-        """Return what the function *name* of _CALLS returns there.
-
-        :raises OSError: as it does there.
-        :raises Hangs: when it does not return in time; the process is killed then.
-        :raises FlockshimError: when the process has died.
-        """
-        try:
-            self._socket.sendall(marshal.dumps((name, arguments)))
-            answer = self._socket.recv(_MESSAGE_BYTES)
-        except socket.timeout:  # TimeoutError is another one before Python 3.10
-            self.end()
-            raise Hangs from None
-        except OSError:
-            answer = b""
-        if not answer:
-            self.end()
-            raise FlockshimError("a process that tried locks was killed: try again")
-        error, result = marshal.loads(answer)
-        if error:
-            raise OSError(error, os.strerror(error))
-        return result
-
-    def end(self) -> None:
-        """Kill it; what it has open is closed then, unless it cannot die yet."""
-        self._socket.close()
-        if not self._pid:
-            return
-        os.kill(self._pid, signal.SIGKILL)
-        deadline = time.monotonic() + _DEATH_SECONDS
-        with contextlib.suppress(ChildProcessError):  # where SIGCHLD is ignored
-            while os.waitpid(self._pid, os.WNOHANG)[0] == 0 and time.monotonic() < deadline:
-                time.sleep(0.002)
-        self._pid = 0
-
-
-def _serve(requests: socket.socket, parent: int) -> None:
-    """Answer calls until the parent ends. Nothing of Python's own exit may run, as it may hang too."""
-    try:
-        lib.native_die_with_parent(signal.SIGKILL)
-        if os.getppid() != parent:
-            return
-        # Away from the terminal's signals: Ctrl-C is the parent's to clean up after, and a call
-        # must go on while Ctrl-Z stops the parent, lest its time be up at once thereafter.
-        os.setsid()
-        # Who reads the parent's output must not wait for a child that cannot die.
-        null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(null, descriptor)
-        while True:
-            message = requests.recv(_MESSAGE_BYTES)
-            if not message:
-                return
-            requests.sendall(marshal.dumps(_answer(*marshal.loads(message))))
-    finally:
-        os._exit(0)
-
-
-def _answer(name: str, arguments: tuple[Any, ...]) -> tuple[int, Any]:
-    try:
-        return 0, _CALLS[name](*arguments)
-    except OSError as error:
-        return error.errno or errno.EIO, None
 
 
 def place(directory: str, seconds: float) -> Place:
@@ -200,19 +72,28 @@ class Trial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End all processes and remove all files."""
+        """End all processes and remove all files, undisturbed by the signals that end a command."""
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        try:
+            self._remove()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _remove(self) -> None:
+        # First, because an NFS client renames what is removed while it is open.
         self._end_children()
         remover = self._child()
-        for path in self._made:
+        while self._made:
             try:
-                remover.ask("unlink", path)
-            except FileNotFoundError:
-                continue
+                remover.ask("unlink", self._made[-1])
             except Hangs:
-                self.left_behind.append(path)
-                remover = self._child()
-            except OSError:
-                self.left_behind.append(path)
+                break  # so would the next one
+            except OSError as error:
+                # What cannot be written to says EROFS of a missing file too.
+                if error.errno not in (errno.ENOENT, errno.EROFS):
+                    self.left_behind.append(self._made[-1])
+            self._made.pop()
+        self.left_behind += self._made
         self._end_children()
 
     def writable(self) -> None:
@@ -224,10 +105,16 @@ class Trial:
         child, path = self._child(), self._path("writable")
         child.ask("close", child.ask("open", path, _NEW_FILE, 0o600))
         child.ask("unlink", path)
+        self._made.remove(path)
 
     def names(self) -> dict[str, str]:
         """Try what is done with names; return the outcome by the names of NAME_PROBES."""
-        return {name: self._outcome(getattr(self, f"_{name}")) for name in NAME_PROBES}
+        outcomes = dict.fromkeys(NAME_PROBES, SKIPPED)
+        for name in NAME_PROBES:
+            outcomes[name] = self._outcome(getattr(self, f"_{name}"))
+            if outcomes[name] == HANGS:
+                break
+        return outcomes
 
     def locks(self, kind: str) -> dict[str, str]:
         """Try the locks of *kind* between two processes; return the outcome by the names of LOCK_PROBES."""
@@ -271,7 +158,7 @@ class Trial:
             attempt()
         except Hangs:
             return HANGS
-        except _ExcludesNobodyError:
+        except ExcludesNobody:
             return EXCLUDES_NOBODY
         except OSError as error:
             return errnos_name(error.errno)
@@ -305,19 +192,19 @@ class Trial:
         _must_fail(errno.EEXIST, child, "symlink", "target", name)
 
 
-class _ExcludesNobodyError(Exception):
+class ExcludesNobody(Exception):
     """What only one may have was given to two."""
 
 
-def _must_fail(number: int, child: Child, *call: object) -> None:
+def _must_fail(number: int, child: Child, name: str, *arguments: Any) -> None:
     """Make a call that is refused with *number* if the same call of another has succeeded before."""
     try:
-        child.ask(str(call[0]), *call[1:])
+        child.ask(name, *arguments)
     except OSError as error:
         if error.errno == number:
             return
         raise
-    raise _ExcludesNobodyError
+    raise ExcludesNobody
 
 
 class Contender(NamedTuple):
@@ -339,7 +226,7 @@ class Contender(NamedTuple):
             if error.errno in _REFUSED:
                 return
             raise
-        raise _ExcludesNobodyError
+        raise ExcludesNobody
 
 
 def _try_shared(one: Contender, other: Contender) -> None:
@@ -359,7 +246,11 @@ def _try_nonblocking(_: Contender, other: Contender) -> None:
     other.take("unlock")
 
 
-def _try_conflict(one: Contender, other: Contender) -> None:
+def try_conflict(one: Contender, other: Contender) -> None:
+    """Try all that must be refused while another holds a lock, and that it can be had thereafter.
+
+    :raises ExcludesNobody: when it is not refused.
+    """
     one.take("shared")
     other.must_be_refused("exclusive")
     one.take("unlock")
@@ -376,7 +267,7 @@ _LOCK_TRIALS = {
     "shared": _try_shared,
     "exclusive": _try_exclusive,
     "nonblocking": _try_nonblocking,
-    "conflict": _try_conflict,
+    "conflict": try_conflict,
 }
 
 
