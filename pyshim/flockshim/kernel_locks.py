@@ -36,7 +36,7 @@ def describe(file: os.stat_result) -> str:
 
 
 def _listed(file: os.stat_result) -> list[_Lock]:
-    """Return the locks on files of this number; the device that /proc tells need not be that of stat(2), as on btrfs."""
+    """Return the locks on files of this number; the device in /proc need not be that of stat(2), as on btrfs."""
     try:
         with open("/proc/locks", encoding="ascii", errors="replace") as lines:
             locks = [_Lock.of(line.split()) for line in lines]

@@ -11,7 +11,7 @@ import stat
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from flockshim import FlockshimError, holders, parent
+from flockshim import FlockshimError, holders, lockfile, parent
 from flockshim.locking import Locker, TimedOutError
 
 if TYPE_CHECKING:
@@ -93,38 +93,21 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: 
             raise BusyError(f"held by {_holder(locker, descriptor)}")
         if error:
             raise FlockshimError(f"cannot lock {request.path!r}: {os.strerror(error)}; see flockshim --check")
-        if _is_still_at(request.path, descriptor):
+        if lockfile.names(request.path, descriptor):
             return descriptor
         # Removed or replaced while we waited: whoever comes next will lock what is there now.
         os.close(descriptor)
 
 
 def _open(path: str) -> int:
-    """Open what is locked: a directory as it is, a file made if missing.
-
-    For writing where that is possible, because NFS gives exclusive locks for nothing else (nfs(5), flock(2)).
-    """
-    flags = os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
     try:
-        try:
-            descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            if error.errno not in (errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS):
-                raise
-            descriptor = os.open(path, flags | os.O_RDONLY)
+        descriptor = lockfile.open_file(path)
     except OSError as error:
         raise FlockshimError(f"cannot open {path!r} for locking: {error.strerror}") from None
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise FlockshimError(f"cannot lock {path!r}: neither a file nor a directory")
     return descriptor
-
-
-def _is_still_at(path: str, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _wait_for_kernel(locker: Locker, descriptor: int, operation: int, deadline: float | None, teller: _Teller) -> int:
