@@ -66,8 +66,10 @@ def run(request: Request, environ: Mapping[str, str], start: Callable[[], int], 
         return start()
 
     status = parent.run(start_with_lock)
-    # Not by closing: what COMMAND has left running may have inherited the descriptor.
-    locker.unlock(descriptor)
+    # Not by closing: what COMMAND has left running may have inherited the descriptor. A file system that has gone away
+    # must not cost COMMAND its status.
+    with contextlib.suppress(OSError, FlockshimError):
+        locker.unlock(descriptor)
     return parent.end_as(status)
 
 
