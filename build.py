@@ -88,6 +88,7 @@ CDEF = """
     };
     struct client_wait {
         int timeout;
+        int poll;
         int cancel;
         int timed_out;
         char refusal[...];

@@ -20,6 +20,7 @@
 /* How often a call may lose its keeper (killed, or leaving just then) before the user is told. */
 #define MAX_LOST 20
 #define MAX_STARTS 5
+#define STOPPED_MILLISECONDS 6000 /* more than the keeper needs to decide about LOCK_NB */
 #define SPIN_NANOSECONDS 50000
 #define NANOSECONDS_IN_A_SECOND INT64_C(1000000000)
 #define NANOSECONDS_IN_A_MILLISECOND 1000000
@@ -118,17 +119,27 @@ static long receive_soon(struct call *call) {
     return got;
 }
 
-/* Only our own callers can cancel. They have no SA_RESTART to heed: poll(2) is never restarted. */
-static long receive_unless_cancelled(struct call *call) {
+/* How long our own callers wait for a keeper that may be stopped: it should have told them before
+ * that their timeout is over, or that somebody else holds the lock. */
+static struct timespec patience(const struct call *call) {
+    int32_t milliseconds = STOPPED_MILLISECONDS + (call->blocking ? time_left(call) : 0);
+
+    return (struct timespec){.tv_sec = milliseconds / 1000,
+                             .tv_nsec = milliseconds % 1000 * NANOSECONDS_IN_A_MILLISECOND};
+}
+
+static long receive_with_patience(struct call *call) {
     struct pollfd events[] = {{.fd = (int)call->channel.socket, .events = POLLIN},
                               {.fd = call->wait->cancel, .events = POLLIN}};
+    struct timespec limit = patience(call);
+    int for_ever = call->blocking && call->wait->timeout < 0;
     long result;
 
-    if (call->wait->cancel < 0 || !call->blocking)
+    if (!call->wait->poll)
         return receive(call, 0);
-    result = sys5(SYS_ppoll, events, 2, NULL, NULL, 0);
-    if (result < 0)
-        return result;
+    result = sys5(SYS_ppoll, events, call->blocking ? 2 : 1, for_ever ? NULL : &limit, NULL, 0);
+    if (result <= 0)
+        return result < 0 ? result : -ETIME;
     return events[0].revents ? receive(call, MSG_DONTWAIT) : -EINTR;
 }
 
@@ -141,7 +152,7 @@ static enum outcome receive_answer(struct call *call) {
         long got = receive_soon(call);
 
         if (got == -EAGAIN)
-            got = cancelled ? receive(call, 0) : receive_unless_cancelled(call);
+            got = cancelled ? receive(call, 0) : receive_with_patience(call);
         if (got == -EINTR) {
             if (call->blocking && !cancelled) {
                 send_word(call, KIND_CANCEL);
@@ -149,6 +160,8 @@ static enum outcome receive_answer(struct call *call) {
             }
             continue;
         }
+        if (got == -ETIME)
+            return refuse(call, "the keeper does not answer; is it stopped? See flockshim --locks");
         /* A keeper that closes before it has read our second packet resets the connection, and the
          * kernel tells that before it hands out the answer: unix(7). */
         if (got == -ECONNRESET && !reset) {

@@ -7,7 +7,8 @@
 
 /* How a blocking call waits, and what became of it. */
 struct client_wait {
-    int timeout;   /* milliseconds; negative: for ever */
+    int timeout; /* milliseconds; negative: for ever */
+    int poll; /* whether poll(2) may be used, which SA_RESTART does not restart: not in programs */
     int cancel;    /* a descriptor that is readable when the wait shall end as by a signal; or -1 */
     int timed_out; /* out: the timeout is over; the refusal is who holds the lock */
     char refusal[PROTOCOL_TEXT]; /* out: why the protection cannot be given, or empty */

@@ -48,9 +48,13 @@ static void write_error(const struct config *config, const char *line, size_t le
 
 /* A name must not make a terminal do something. */
 static void make_printable(char *path) {
-    for (; *path; path++) {
-        if ((unsigned char)*path < ' ' || *path == 127)
-            *path = '?';
+    for (unsigned char *at = (unsigned char *)path; *at; at++) {
+        int second_set = at[0] == 0xc2 && at[1] >= 0x80 && at[1] < 0xa0; /* C1, in UTF-8 */
+
+        if (*at < ' ' || *at == 127 || second_set)
+            *at = '?';
+        if (second_set)
+            *++at = '?';
     }
 }
 

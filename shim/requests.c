@@ -42,7 +42,7 @@ void native_receive(int connection, struct native_packet *packet) {
     struct msghdr message = {.msg_iov = &part,
                              .msg_iovlen = 1,
                              .msg_control = &control,
-                             .msg_controllen = sizeof control};
+                             .msg_controllen = CMSG_LEN(sizeof(int))};
     ssize_t got;
 
     packet->connection = connection;
@@ -53,6 +53,11 @@ void native_receive(int connection, struct native_packet *packet) {
     if (got > 0)
         take_descriptor(&message, packet);
     packet->status = status_of(packet, got);
+    if (packet->descriptor >= 0 &&
+        (packet->status == STATUS_CANCEL || packet->status == STATUS_TAKEN)) {
+        close(packet->descriptor);
+        packet->descriptor = -1;
+    }
 }
 
 /* Sets connection to -errno where there is none; a stranger's is closed: SO_PEERCRED, unix(7). */

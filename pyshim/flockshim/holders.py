@@ -50,7 +50,16 @@ def _stat(pid: int) -> list[bytes]:
 
 def is_alive(pid: int) -> bool:
     """Return whether a process still runs; one that only waits to be reaped does not."""
-    return _stat(pid)[:1] not in ([], [b"Z"], [b"X"])
+    state = _stat(pid)[:1]
+    if state:
+        return state not in ([b"Z"], [b"X"])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # proc(5), hidepid
+        pass
+    return True
 
 
 def is_stopped(pid: int) -> bool:
@@ -74,9 +83,17 @@ def clock(when: float) -> str:
     return time.strftime("%H:%M:%S" if today else "%Y-%m-%d %H:%M:%S", then)
 
 
-def describe(pid: int, since: float | None = None) -> str:
-    """Return who process `pid` is and since when it holds a lock, or else (the kernel does not tell) runs."""
-    text = f"pid {pid} ({command_of(pid) or 'unknown'}) on {os.uname().nodename}"
+def pid_namespace() -> int:
+    """Return the number of the pid namespace in which our pids are to be read."""
+    return os.stat("/proc/self/ns/pid").st_ino
+
+
+def describe(pid: int, since: float | None = None, command: str | None = None) -> str:
+    """Return who process `pid` is and since when it holds a lock, or else (the kernel does not tell) runs.
+
+    `command` is its command line, for a process that may be of another pid namespace.
+    """
+    text = f"pid {pid} ({command or command_of(pid) or 'unknown'}) on {os.uname().nodename}"
     if since:
         return f"{text} since {clock(since)}"
     started = started_at(pid)

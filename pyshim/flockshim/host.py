@@ -22,6 +22,7 @@ import os
 import struct
 import time
 
+from flockshim import holders
 from flockshim._native import lib
 
 TYPE_CHECKING = False
@@ -213,10 +214,6 @@ def key_of_path(path: str, directory: str) -> Key | None:
         return None
 
 
-def _pid_namespace() -> int:
-    return os.stat("/proc/self/ns/pid").st_ino
-
-
 class Host:
     """This keeper among the keepers of the host.
 
@@ -308,7 +305,7 @@ class Host:
         """Answer a knock: our clients are alive. `holder` is who, for people to read."""
         proxy = self.proxies.get(key)
         if proxy and proxy.main.mode is not None:
-            proxy.main.write(f"{_pid_namespace()} {holder}" if holder else "")
+            proxy.main.write(f"{holders.pid_namespace()} {holder}" if holder else "")
             os.utime(proxy.main.descriptor)
 
     def other_holder(self, key: Key) -> str:
@@ -316,7 +313,9 @@ class Host:
         proxy = self.proxies.get(key)
         text = proxy.main.read() if proxy and proxy.main.descriptor >= 0 else ""
         namespace, _, holder = text.partition(" ")
-        return holder if namespace == str(_pid_namespace()) or not holder else f"{holder}, in another pid namespace"
+        return (
+            holder if namespace == str(holders.pid_namespace()) or not holder else f"{holder}, in another pid namespace"
+        )
 
     def read(self) -> None:
         """Look at what the other keepers have done."""

@@ -32,7 +32,7 @@ def describe(file: os.stat_result) -> str:
     takers = [str(lock.pid) for lock in _listed(file)]
     for holder in _open_in(takers, file) or find(file):
         return holders.describe(holder.pids[0])
-    return "a program that cannot be seen from here: on another host, or in another container"
+    return "a program that cannot be seen from here (on another host, in another container, or gone by now)"
 
 
 def _listed(file: os.stat_result) -> list[_Lock]:
@@ -55,6 +55,8 @@ class _Lock(NamedTuple):
     def of(cls, words: list[str]) -> _Lock | None:
         """Read a line such as ``1: FLOCK  ADVISORY  WRITE 708 08:01:1234 0 EOF``; blocked ones have an arrow."""
         if len(words) < 6 or words[1] != "FLOCK":
+            return None
+        if words[5].startswith("<"):  # the file system has just gone
             return None
         major, minor, inode = words[5].split(":")
         return cls(words[3] == "WRITE", int(words[4]), os.makedev(int(major, 16), int(minor, 16)), int(inode))

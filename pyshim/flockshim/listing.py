@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import stat
 import time
 
 from flockshim import holders
@@ -24,11 +27,13 @@ def write(files: Iterable[File], descriptor: int) -> None:
     An object: ``keeper``, the keeper's pid; ``pid_namespace``, by which all pids are to be read; ``files``, each with
     ``device``, ``inode``, ``path``, ``holders`` and ``waiters``, the latter in order. Raises OSError.
     """
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise OSError(errno.EINVAL, "not a file")  # a pipe could make us wait
     now = time.time(), time.monotonic()
     text = json.dumps(
         {
             "keeper": lib.native_self(),
-            "pid_namespace": os.stat("/proc/self/ns/pid").st_ino,
+            "pid_namespace": holders.pid_namespace(),
             "files": [_file(file, *now) for file in files if file.lock.holders or file.lock.queue],
         }
     )
@@ -49,8 +54,9 @@ def _file(file: File, now: float, monotonic: float) -> dict[str, Any]:
 
 
 def _path(descriptions: list[Description]) -> str:
-    for description in descriptions:
-        return os.readlink(f"/proc/self/fd/{description.descriptor}")
+    with contextlib.suppress(OSError):  # ENAMETOOLONG
+        for description in descriptions:
+            return os.readlink(f"/proc/self/fd/{description.descriptor}")
     return ""
 
 

@@ -15,7 +15,7 @@ from flockshim import FlockshimError, holders, lockfile, parent
 from flockshim.locking import Locker, TimedOutError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 BUSY = 75
 """EX_TEMPFAIL of sysexits.h: try again later."""
@@ -54,8 +54,7 @@ def run(request: Request, environ: Mapping[str, str], start: Callable[[], int], 
         if "FLOCKSHIM_QUIET" not in environ:
             say(f"cannot lock {request.path!r}: {error}")
         return BUSY
-    with contextlib.suppress(OSError):  # a lower limit of descriptors
-        descriptor = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, INHERITED)
+    descriptor = _moved_out_of_the_way(descriptor)
     if request.inherit:
         os.set_inheritable(descriptor, True)
         return start()
@@ -73,6 +72,15 @@ def run(request: Request, environ: Mapping[str, str], start: Callable[[], int], 
     return parent.end_as(status)
 
 
+def _moved_out_of_the_way(descriptor: int) -> int:
+    try:
+        moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, INHERITED)
+    except OSError:  # a lower limit of descriptors
+        return descriptor
+    os.close(descriptor)
+    return moved
+
+
 def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: _Teller) -> int:
     """Return a descriptor of PATH, locked."""
     timeout = environ.get("FLOCKSHIM_TIMEOUT")
@@ -81,8 +89,9 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: 
     while True:
         descriptor = _open(request.path)
         error = locker.by_kernel(descriptor, operation | fcntl.LOCK_NB)
+        emulated = error != 0 and locker.is_refusal(error)
         try:
-            if error and locker.is_refusal(error):
+            if emulated:
                 flags = fcntl.LOCK_NB if request.no_wait else 0
                 error = locker.by_mode(descriptor, operation | flags, error, deadline)
             elif error == errno.EWOULDBLOCK and not request.no_wait:
@@ -92,7 +101,8 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: 
         except FlockshimError as refused:
             raise FlockshimError(f"cannot lock {request.path!r}: {refused}") from None
         if error == errno.EWOULDBLOCK:
-            raise BusyError(f"held by {_holder(locker, descriptor)}")
+            holder = _emulated_holder(locker, descriptor) if emulated else _kernel_holder(descriptor)
+            raise BusyError(f"held by {holder}")
         if error:
             raise FlockshimError(f"cannot lock {request.path!r}: {os.strerror(error)}; see flockshim --check")
         if lockfile.names(request.path, descriptor):
@@ -117,35 +127,45 @@ def _wait_for_kernel(locker: Locker, descriptor: int, operation: int, deadline: 
 
     :raises TimedOutError: when the deadline has passed.
     """
-    from flockshim import kernel_locks
-
-    teller.waits(kernel_locks.describe(os.fstat(descriptor)))
-    if deadline is not None:
-        # Again and again: the first one may come just before the call.
-        signal.signal(signal.SIGALRM, lambda *_: None)
-        before = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
-        signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-6), ALARM_INTERVAL)
-    try:
-        while True:
+    teller.waits(lambda: _kernel_holder(descriptor))
+    with _alarms_from(deadline) if deadline is not None else contextlib.nullcontext():
+        error = errno.EINTR
+        while error == errno.EINTR:
             error = locker.by_kernel(descriptor, operation)
-            if error != errno.EINTR:
-                break
-            if deadline is not None and time.monotonic() >= deadline:
-                raise TimedOutError(kernel_locks.describe(os.fstat(descriptor)))
-    finally:
-        if deadline is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            if error == errno.EINTR and deadline is not None and time.monotonic() >= deadline:
+                raise TimedOutError(_kernel_holder(descriptor))
     teller.has_waited()
     return error
 
 
-def _holder(locker: Locker, descriptor: int) -> str:
-    from flockshim import kernel_locks, lock_list
+@contextlib.contextmanager
+def _alarms_from(deadline: float) -> Iterator[None]:
+    """Interrupt system calls from *deadline* on. What COMMAND inherits of alarm(2) and SIGALRM stays as it was."""
+    handler = signal.signal(signal.SIGALRM, lambda *_: None)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    began = time.monotonic()
+    # Again and again: the first one may come just before the call.
+    alarm, interval = signal.setitimer(signal.ITIMER_REAL, max(deadline - began, 1e-6), ALARM_INTERVAL)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGALRM, handler)
+        if alarm:
+            signal.setitimer(signal.ITIMER_REAL, max(alarm - (time.monotonic() - began), 1e-6), interval)
 
-    file = os.fstat(descriptor)
-    return lock_list.holder_of(locker, file) or kernel_locks.describe(file)
+
+def _kernel_holder(descriptor: int) -> str:
+    from flockshim import kernel_locks
+
+    return kernel_locks.describe(os.fstat(descriptor))
+
+
+def _emulated_holder(locker: Locker, descriptor: int) -> str:
+    from flockshim import lock_list
+
+    return lock_list.holder_of(locker, os.fstat(descriptor))
 
 
 class _Teller:
@@ -161,9 +181,9 @@ class _Teller:
     def seconds(self) -> float:
         return time.monotonic() - self._since
 
-    def waits(self, holder: str) -> None:
+    def waits(self, holder: Callable[[], str]) -> None:
         if not self._silent:
-            self._say(f"waiting for the lock on {self._path}, held by {holder}")
+            self._say(f"waiting for the lock on {self._path}, held by {holder()}")
 
     def has_waited(self) -> None:
         if not self._silent and self.seconds() >= WORTH_MENTIONING:

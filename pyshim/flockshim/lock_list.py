@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import tempfile
 from typing import TYPE_CHECKING
 
-from flockshim import holders
+from flockshim import FlockshimError, holders
 from flockshim._native import lib
 
 if TYPE_CHECKING:
@@ -17,34 +18,49 @@ if TYPE_CHECKING:
     from flockshim.locking import Locker
 
 ANSWER_MILLISECONDS = 5000
+MESSAGE_MILLISECONDS = 500
+
+REASONS = {
+    errno.ETIME: "is it stopped?",
+    errno.EPROTO: "it is of another version",
+}
 
 
-def gather(locker: Locker) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the locked files of all keepers, and the sockets of keepers that do not answer.
+def gather(locker: Locker, milliseconds: int = ANSWER_MILLISECONDS) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Return the locked files of all keepers, and the sockets of keepers that did not answer, each with the reason.
 
     A file is as in the JSON of ``flockshim --locks``: see :mod:`flockshim.locks_command`.
+
+    :param milliseconds: how long each keeper is waited for.
+    :raises FlockshimError: when it cannot be seen which keepers there are.
     """
     directory = locker.rendezvous_directory()
     files: dict[tuple[int, int], dict[str, Any]] = {}
-    silent = []
+    silent = {}
     for path in _sockets(directory):
-        answer = _ask(path)
-        if answer is None:
-            silent.append(path)
-        else:
-            _add(files, answer)
+        try:
+            _add(files, _ask(path, milliseconds))
+        except OSError as error:
+            silent[path] = REASONS.get(error.errno or 0) or str(error.strerror)
     for file in files.values():
         file["waiters"].sort(key=lambda waiter: waiter["since"])
     return sorted(files.values(), key=lambda file: str(file["path"])), silent
 
 
 def holder_of(locker: Locker, file: os.stat_result) -> str:
-    """Return who holds the emulated lock on a file, for people to read; empty where nobody is known to."""
-    for entry in gather(locker)[0]:
-        if (entry["device"], entry["inode"]) == (file.st_dev, file.st_ino):
-            for holder in entry["holders"]:
-                return holders.describe(holder["pid"], holder["since"])
-    return ""
+    """Return who holds the emulated lock on a file, for people to read; as far as that is known."""
+    with contextlib.suppress(FlockshimError):
+        for entry in gather(locker, MESSAGE_MILLISECONDS)[0]:
+            if (entry["device"], entry["inode"]) == (file.st_dev, file.st_ino):
+                for holder in entry["holders"]:
+                    return _describe(holder)
+    return "a program of another job"
+
+
+def _describe(holder: dict[str, Any]) -> str:
+    text = holders.describe(holder["pid"], holder["since"], holder["command"])
+    here = holder["pid_namespace"] == holders.pid_namespace()
+    return text if here else f"{text}, in another pid namespace"
 
 
 def _sockets(directory: str) -> list[str]:
@@ -52,17 +68,20 @@ def _sockets(directory: str) -> list[str]:
         names = os.listdir(directory)
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise FlockshimError(f"cannot look into the rendezvous directory {directory!r}: {error.strerror}") from None
     return [f"{directory}/{name}" for name in sorted(names) if name.startswith("k-") and name.endswith(".sock")]
 
 
-def _ask(socket: str) -> dict[str, Any] | None:
-    """Return a keeper's list, an empty one where the keeper has left, or None where it does not answer."""
-    with tempfile.TemporaryFile() as file:
-        error = -lib.native_ask_for_list(os.fsencode(socket), file.fileno(), ANSWER_MILLISECONDS)
+def _ask(socket: str, milliseconds: int) -> dict[str, Any]:
+    """Return a keeper's list, an empty one where the keeper has left. Raises OSError."""
+    # Not in the usual place for such files, which may be full, or hang.
+    with tempfile.TemporaryFile(dir=os.path.dirname(socket)) as file:
+        error = -lib.native_ask_for_list(os.fsencode(socket), file.fileno(), milliseconds)
         if error in (errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET):
             return {"files": []}
         if error:
-            return None
+            raise OSError(error, os.strerror(error))
         file.seek(0)
         return dict(json.load(file))
 

@@ -201,7 +201,7 @@ def names(path: str, descriptor: int) -> bool:
     """Return whether a path still means an open file, which somebody may have deleted while we waited."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
+    except OSError:  # opening it again will tell
         return False
 
 

@@ -23,13 +23,16 @@ def run(
 ) -> int:
     """Print the emulated locks of this user on this host, or those on *paths* and the kernel's locks on these too.
 
-    The JSON is an object: ``version`` 1; ``host``; ``files``; ``silent``, the sockets of keepers that did not answer.
+    The JSON is an object: ``version`` 1; ``host``; ``files``; ``silent``, the sockets of keepers that did not
+    answer, each with the reason.
     A file has ``path``, ``device``, ``inode``, ``kind`` (``"emulated"`` or ``"kernel"``), ``holders`` and ``waiters``,
     the latter in the order in which they have come. Both have ``mode`` (``"exclusive"`` or ``"shared"``), ``pid``,
     ``command``, ``since`` (seconds since the epoch; null for the kernel's locks, of which it is not known),
     ``pid_namespace`` and ``keeper`` (its pid, or null); holders also ``taken_by``, the process that called
     ``flock(2)``, and ``taker_ended``, whether that is no more: the lock is then held by a description that others have
     inherited.
+
+    Returns 1 where a keeper did not answer, so that locks may be missing, else 0.
 
     :param write: writes to standard output, *say* a line to standard error.
     :raises FlockshimError: for a path that does not exist.
@@ -38,19 +41,18 @@ def run(
     for file in files:
         file["kind"] = "emulated"
     if paths:
-        wanted = [_stat(path) for path in paths]
-        keys = {(status.st_dev, status.st_ino) for status in wanted}
-        files = [file for file in files if (file["device"], file["inode"]) in keys]
-        files += [file for path, status in zip(paths, wanted) for file in _kernel_file(path, status)]
+        wanted = {(status.st_dev, status.st_ino): (path, status) for path in paths for status in [_stat(path)]}
+        files = [file for file in files if (file["device"], file["inode"]) in wanted]
+        files += [file for path, status in wanted.values() for file in _kernel_file(path, status)]
     host = os.uname().nodename
     if as_json:
         text = json.dumps({"version": 1, "host": host, "files": files, "silent": silent}, indent=2) + "\n"
     else:
         text = "".join(_lines(file) for file in files) or "no locks\n"
     write(text)
-    for socket in silent:
-        say(f"the keeper at {socket!r} does not answer: is it stopped, or of another version?")
-    return 0
+    for socket, reason in silent.items():
+        say(f"the keeper at {socket!r} does not answer: {reason}")
+    return 1 if silent else 0
 
 
 def _stat(path: str) -> os.stat_result:
@@ -64,7 +66,7 @@ def _kernel_file(path: str, status: os.stat_result) -> list[dict[str, Any]]:
     found = kernel_locks.find(status)
     if not found:
         return []
-    namespace = os.stat("/proc/self/ns/pid").st_ino
+    namespace = holders.pid_namespace()
     entries = [
         {
             "mode": "exclusive" if lock.exclusive else "shared",
@@ -97,6 +99,6 @@ def _lines(file: dict[str, Any]) -> str:
 
 def _program(program: dict[str, Any]) -> str:
     since = f"since {holders.clock(program['since'])}" if program["since"] else ""
-    here = program["pid_namespace"] == os.stat("/proc/self/ns/pid").st_ino
+    here = program["pid_namespace"] == holders.pid_namespace()
     pid = f"pid {program['pid']}" + ("" if here else " of another pid namespace")
     return f"{program['mode']:9}  {pid:11}  {since:14}  {program['command']}"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
-import os
 import time
 
 from flockshim import holders, listing
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flockshim.programs import Programs
     from flockshim.rendezvous import Rendezvous
 
+UNKNOWN = "a program of another job"
 GRANT_SECONDS = 2.0
 UNDECIDED_SECONDS = GRANT_SECONDS + 2 * TICK_SECONDS
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
@@ -204,9 +205,12 @@ class LockService:
         connection.time_out(who)
 
     def _describe(self, file: File) -> str:
-        for description in file.lock.holders:
-            return holders.describe(description.pid, description.since)
-        return self._host.other_holder(file.key) or f"a program of another job on {os.uname().nodename}"
+        # What is only said must not end what holds the locks.
+        with contextlib.suppress(OSError, ValueError):
+            for description in file.lock.holders:
+                return holders.describe(description.pid, description.since)
+            return self._host.other_holder(file.key) or UNKNOWN
+        return UNKNOWN
 
     # What holds, and what follows
 

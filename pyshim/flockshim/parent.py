@@ -19,6 +19,8 @@ FROM_KERNEL = 0x80
 
 WATCH_SECONDS = 0.2
 
+STOPS = {signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU}
+
 FAULTS = {"SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGTRAP", "SIGSYS"}
 
 # The terminal sends these to the whole process group, so COMMAND has them already: termios(3), tty_ioctl(4).
@@ -92,13 +94,18 @@ def _look_after(child: int) -> int | None:
             return None
         if not os.WIFSTOPPED(status):
             return status
-        _stop_with(child, os.WSTOPSIG(status))
+        # Others stop a child for its tracer: ptrace(2).
+        if os.WSTOPSIG(status) in STOPS:
+            _stop_with(child, os.WSTOPSIG(status))
 
 
 def _stop_with(child: int, number: int) -> None:
     """Stop by this signal until we are continued, or the child alone is."""
     us = os.getpid()
-    watcher = os.fork()
+    try:
+        watcher = os.fork()
+    except OSError:  # no process is left: to run on is better than to stay stopped
+        return
     if watcher == 0:
         try:
             _watch(child, us)
