@@ -266,7 +266,7 @@ def _encoded(text: str) -> bytes:
     try:
         return os.fsencode(text)
     except UnicodeEncodeError:  # letters of another program that the locale has not
-        return text.encode(errors="replace")
+        return text.encode(sys.getfilesystemencoding(), "replace")
 
 
 def _print(text: str) -> None:

@@ -76,6 +76,12 @@ def started_at(pid: int) -> float | None:
     return time.time() - running
 
 
+def age(pid: int) -> tuple[int, int]:
+    """Return what sorts processes by their beginning, the oldest first."""
+    stat = _stat(pid)
+    return int(stat[19]) if stat else 0, pid
+
+
 def clock(when: float) -> str:
     """Return a time (seconds since the epoch) as a clock shows it, with the date unless that is today's."""
     then = time.localtime(when)

@@ -73,10 +73,7 @@ def _open_in(processes: list[str], file: os.stat_result) -> list[KernelHolder]:
             pids = found.setdefault((lock.exclusive, lock.pid), [])
             if int(name) not in pids:
                 pids.append(int(name))
-    return [
-        KernelHolder(exclusive, taker, sorted(pids, key=lambda pid: holders.started_at(pid) or 0.0))
-        for (exclusive, taker), pids in found.items()
-    ]
+    return [KernelHolder(exclusive, taker, sorted(pids, key=holders.age)) for (exclusive, taker), pids in found.items()]
 
 
 def _locks_of(process: str, file: os.stat_result) -> list[_Lock]:

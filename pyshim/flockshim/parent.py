@@ -131,28 +131,21 @@ def _watch(child: int, parent: int) -> None:
             os.kill(parent, signal.SIGCONT)
 
 
-def _has_it_from_terminal(number: int, child: int) -> bool:
-    if number == signal.SIGCONT:
-        return False
-    # A terminal that is closed tells the leader of the session alone: credentials(7).
-    if number == signal.SIGHUP and os.getsid(0) == os.getpid():
-        return False
-    # timeout(1), for one, makes a process group of its own.
-    try:
-        return os.getpgid(child) == os.getpgrp()
-    except ProcessLookupError:
-        return True
-
-
 def _hand_on(info: signal.struct_siginfo, child: int) -> None:
     number = info.si_signo
-    if info.si_code == FROM_KERNEL and number in FROM_TERMINAL and _has_it_from_terminal(number, child):
-        return
-    # To its whole process group, by COMMAND itself.
-    if info.si_code <= 0 and info.si_pid == child:
-        return
-    # The shell continues whole groups.
-    if number == signal.SIGCONT and not holders.is_stopped(child):
-        return
-    with contextlib.suppress(OSError):  # set-uid
+    with contextlib.suppress(OSError):  # set-uid, or just gone
+        if info.si_code == FROM_KERNEL and number in FROM_TERMINAL:
+            _hand_on_from_terminal(number, child)
+        # Not what COMMAND has sent to its whole process group. And the shell continues whole groups.
+        elif info.si_pid != child and (number != signal.SIGCONT or holders.is_stopped(child)):
+            os.kill(child, number)
+
+
+def _hand_on_from_terminal(number: int, child: int) -> None:
+    group = os.getpgid(child)
+    if group != os.getpgrp():
+        # timeout(1), for one, makes a process group of its own.
+        os.killpg(group, number)
+    elif number == signal.SIGHUP and os.getsid(0) == os.getpid():
+        # A terminal that is closed tells the leader of the session alone: credentials(7).
         os.kill(child, number)
