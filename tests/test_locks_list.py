@@ -149,6 +149,22 @@ def test_everything_that_json_tells_of_the_kernels_locks(world: World) -> None:
     assert (holder["since"], holder["keeper"], holder["taker_ended"]) == (None, None, False)
 
 
+def test_the_kernels_waiters_in_order(world: World) -> None:
+    path = world.directory
+    driver = world.start()
+    assert driver.flock(driver.open(path, os.O_RDONLY), EX) == OK
+    with job(world, "--lock", path) as first:
+        await_true(lambda: waiters(world, path) == [first.pid], "the first one to wait")
+        with job(world, "--lock", path, "--shared") as second:
+            await_true(lambda: waiters(world, path) == [first.pid, second.pid], "the second one to wait")
+            (file,) = locks(world, path)
+            assert "  waits   1 exclusive  pid" in locks_table(world, path)
+    assert [waiter["pid"] for waiter in file["waiters"]] == [first.pid, second.pid]
+    assert [waiter["mode"] for waiter in file["waiters"]] == ["exclusive", "shared"]
+    assert all(set(waiter) == WAITER_KEYS and waiter["since"] is None for waiter in file["waiters"])
+    assert file["waiters"][0]["command"].startswith("python -m flockshim")
+
+
 def test_the_table(fresh_world: World) -> None:
     path = fresh_world.file()
     pids = []

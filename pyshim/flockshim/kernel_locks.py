@@ -35,14 +35,25 @@ def describe(file: os.stat_result) -> str:
     return "a program that cannot be seen from here (on another host, in another container, or gone by now)"
 
 
-def _listed(file: os.stat_result) -> list[_Lock]:
-    """Return the locks on files of this number; the device in /proc need not be that of stat(2), as on btrfs."""
+def _listed(file: os.stat_result, blocked: bool = False) -> list[_Lock]:
+    """Return the locks on files of this number, or the requests that are blocked by them.
+
+    The device in /proc need not be that of stat(2), as on btrfs.
+    """
     try:
         with open("/proc/locks", encoding="ascii", errors="replace") as lines:
-            locks = [_Lock.of(line.split()) for line in lines]
+            words = [line.split() for line in lines]
     except OSError:
         return []
-    return [lock for lock in locks if lock and lock.inode == file.st_ino]
+    # Blocked ones have an arrow before what the others have too.
+    found = [_Lock.of([*w[:1], *w[2:]] if blocked else w) for w in words if (w[1:2] == ["->"]) == blocked]
+    return [lock for lock in found if lock and lock.inode == file.st_ino]
+
+
+def waiting(file: os.stat_result) -> list[tuple[bool, int]]:
+    """Return who waits for the kernel's lock on a file, in order: whether for an exclusive one, and the process."""
+    locks = _listed(file, blocked=True)
+    return [(lock.exclusive, lock.pid) for lock in locks if lock.pid > 0 and lock.device == file.st_dev]
 
 
 class _Lock(NamedTuple):
@@ -53,7 +64,7 @@ class _Lock(NamedTuple):
 
     @classmethod
     def of(cls, words: list[str]) -> _Lock | None:
-        """Read a line such as ``1: FLOCK  ADVISORY  WRITE 708 08:01:1234 0 EOF``; blocked ones have an arrow."""
+        """Read a line such as ``1: FLOCK  ADVISORY  WRITE 708 08:01:1234 0 EOF``."""
         if len(words) < 6 or words[1] != "FLOCK":
             return None
         if words[5].startswith("<"):  # the file system has just gone

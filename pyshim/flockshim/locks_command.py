@@ -66,23 +66,34 @@ def _kernel_file(path: str, status: os.stat_result) -> list[dict[str, Any]]:
     found = kernel_locks.find(status)
     if not found:
         return []
-    namespace = holders.pid_namespace()
-    entries = [
+    return [
         {
-            "mode": "exclusive" if lock.exclusive else "shared",
-            "pid": lock.pids[0],
-            "command": holders.command_of(lock.pids[0]),
-            "since": None,
-            "taken_by": lock.taker,
-            "taker_ended": not holders.is_alive(lock.taker),
-            "keeper": None,
-            "pid_namespace": namespace,
+            "path": os.path.realpath(path),
+            "device": status.st_dev,
+            "inode": status.st_ino,
+            "kind": "kernel",
+            "holders": [
+                {
+                    **_of_kernel(lock.exclusive, lock.pids[0]),
+                    "taken_by": lock.taker,
+                    "taker_ended": not holders.is_alive(lock.taker),
+                }
+                for lock in found
+            ],
+            "waiters": [_of_kernel(exclusive, pid) for exclusive, pid in kernel_locks.waiting(status)],
         }
-        for lock in found
     ]
-    path = os.path.realpath(path)
-    device, inode = status.st_dev, status.st_ino
-    return [{"path": path, "device": device, "inode": inode, "kind": "kernel", "holders": entries, "waiters": []}]
+
+
+def _of_kernel(exclusive: bool, pid: int) -> dict[str, Any]:
+    return {
+        "mode": "exclusive" if exclusive else "shared",
+        "pid": pid,
+        "command": holders.command_of(pid),
+        "since": None,
+        "keeper": None,
+        "pid_namespace": holders.pid_namespace(),
+    }
 
 
 def _lines(file: dict[str, Any]) -> str:
