@@ -209,7 +209,9 @@ static enum outcome ask(struct call *call) {
     return outcome;
 }
 
-/* Nobody listens: our own keeper must be started, unless there is nothing to unlock. */
+/* Nobody listens: our own keeper must be started, unless there is nothing to unlock. A process that
+ * was moved to another control group may have its lock from another keeper, to which ours will send
+ * it. */
 static enum outcome find_keeper(struct call *call, int redirected) {
     const char *failure;
 
@@ -217,7 +219,8 @@ static enum outcome find_keeper(struct call *call, int redirected) {
         rendezvous_find(call->config, &call->rendezvous);
         return LOST;
     }
-    if (call->request.operation == LOCK_UN)
+    if (call->request.operation == LOCK_UN &&
+        !rendezvous_has_proxy(&call->rendezvous, call->request.device, call->request.inode))
         return ANSWERED;
     failure = start_keeper(call->config, &call->rendezvous);
     return failure ? refuse(call, failure) : NO_KEEPER;

@@ -118,3 +118,27 @@ int rendezvous_find(const struct config *config, struct rendezvous *rendezvous) 
     text_add_hex(&key, find_key());
     return rendezvous_set_key(rendezvous, digits);
 }
+
+static void add_short_hex(struct text *text, uint64_t number) {
+    char digits[RENDEZVOUS_KEY_SIZE];
+    struct text padded = text_over(digits, sizeof digits);
+    const char *first = digits;
+
+    text_add_hex(&padded, number);
+    while (first[0] == '0' && first[1])
+        first++;
+    text_add(text, first);
+}
+
+/* The name that host.py gives a proxy. */
+int rendezvous_has_proxy(const struct rendezvous *rendezvous, uint64_t device, uint64_t inode) {
+    char path[CONFIG_MAX_DIRECTORY + 64];
+    struct text text = text_over(path, sizeof path);
+
+    text_add(&text, rendezvous->directory);
+    text_add(&text, "/p-");
+    add_short_hex(&text, device);
+    text_add(&text, "-");
+    add_short_hex(&text, inode);
+    return sys3(SYS_faccessat, AT_FDCWD, path, F_OK) == 0;
+}

@@ -2,6 +2,7 @@
 #ifndef FLOCKSHIM_RENDEZVOUS_H
 #define FLOCKSHIM_RENDEZVOUS_H
 
+#include <stdint.h>
 #include <sys/un.h>
 
 #include "config.h"
@@ -19,5 +20,8 @@ int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);
 
 /* Turns to the keeper of another key in the same directory. As above. */
 int rendezvous_set_key(struct rendezvous *rendezvous, const char *key);
+
+/* Whether any keeper may know of a lock on this file. */
+int rendezvous_has_proxy(const struct rendezvous *rendezvous, uint64_t device, uint64_t inode);
 
 #endif

@@ -20,6 +20,16 @@ def test_it_can_unlock_afterwards(fresh_world: World, group: ControlGroup) -> No
     assert fresh_world.free(fresh_world.file())
 
 
+def test_another_program_can_unlock_afterwards(fresh_world: World, group: ControlGroup) -> None:
+    """One that knows no keeper yet, and there is none in its group."""
+    driver, fd = fresh_world.opened()
+    assert driver.flock(fd, EX) == OK
+    _move(driver, group)
+    driver.exec()
+    assert driver.flock(fd, UN) == OK
+    assert fresh_world.free(fresh_world.file())
+
+
 def test_it_can_convert_afterwards(fresh_world: World, group: ControlGroup) -> None:
     driver, fd = fresh_world.opened()
     assert driver.flock(fd, EX) == OK
