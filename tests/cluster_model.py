@@ -1,0 +1,454 @@
+"""Hosts that run the cluster protocol on a model file system, one operation at a time, with everything that can go wrong.
+
+A `World` is a value: what the directory holds, and of each host what it has been told. The host's generators are made
+again from that when it moves. So all that can follow from a world can be tried, and worlds that are alike are tried once.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import hashlib
+import os
+import zlib
+from collections.abc import Collection, Generator
+from typing import Any, NamedTuple
+
+from flockshim import cluster_ops as ops
+from flockshim.cluster import Lease
+from flockshim.cluster_names import Names, StateName, data_of, keeper_of, lineage_of_claim
+from flockshim.cluster_state import Entry, State, of_text, of_token
+
+TARGET = "lock"
+NAMES = Names(TARGET)
+
+Script = tuple[tuple[bool, bool], ...]
+"""What a host does: (exclusive, blocking) for each lock that it takes and gives back."""
+
+
+class Violation(AssertionError):
+    """Something that must never be."""
+
+
+class Hold(NamedTuple):
+    """The host's program has the lock."""
+
+    exclusive: bool
+    token: int
+
+
+class Refused(NamedTuple):
+    """A non-blocking request was refused."""
+
+
+class Observe(NamedTuple):
+    """The host asks which of these are dead."""
+
+    tickets: tuple[str, ...]
+
+
+class Faults(NamedTuple):
+    """How often each may still happen in a run."""
+
+    crash: int = 0
+    restart: int = 0  # of a host that has crashed: another keeper in the same domain
+    lapse: int = 0  # a host cannot vouch for so long that others may think it dead, whenever they like
+    lost: int = 0  # an operation is done, and the answer is that of its repetition
+    eio: int = 0  # an operation fails with EIO, done or not
+    stale_look: int = 0  # a lookup is answered with what the host saw before
+    stale_list: int = 0  # a scan likewise
+
+
+class Host(NamedTuple):
+    """A host: `told` is all that its generators were told, from which they follow."""
+
+    keeper: str
+    domain: str
+    script: Script
+    cleans: bool = False
+    told: tuple[Any, ...] = ()
+    op: Any = None
+    scanned: tuple[str, ...] | None = None  # the first half of a scan that is under way
+    seen: tuple[tuple[str, str | None], ...] = ()
+    listed: tuple[str, ...] | None = None
+    lapsed: int = 0  # tickets with a serial below may be thought dead
+    stopped: bool = False  # there was a lapse since `op` was yielded
+    met_holder: bool = False
+    digest: str = ""
+    end: str = ""
+
+
+class World(NamedTuple):
+    """Everything, at one moment."""
+
+    files: tuple[tuple[str, str], ...]
+    hosts: tuple[Host, ...]
+    faults: Faults
+    hard_links: bool = True
+    check_refusals: bool = True
+    last_exclusive: int = 0
+    last_token: int = 0
+
+    def key(self) -> bytes:
+        """What tells this world from others: all but the way to it."""
+        parts = [host._replace(told=(), script=()) for host in self.hosts]
+        return hashlib.blake2b(repr(self._replace(hosts=tuple(parts))).encode(), digest_size=12).digest()
+
+
+# What a host is besides the protocol.
+
+
+class Surroundings:
+    """Judge and voucher of a host whose time is the number of its lapses, and which is told who is dead."""
+
+    def __init__(self, keeper: str) -> None:
+        self.keeper = keeper
+        self.lapses = 0
+        self.serial = 0
+        self.lineages = 0
+        self.dead_keepers: set[str] = set()
+
+    def new_ticket(self) -> str:
+        self.serial += 1
+        return f"{self.keeper}-{self.serial}"
+
+    def new_lineage(self) -> str:
+        self.lineages += 1
+        return f"{self.keeper}{self.lineages:x}"
+
+    def clock(self) -> float:
+        return self.lapses
+
+    def must_stop(self, made: float, now: float) -> bool:
+        return made < self.lapses
+
+    def known_dead(self, entries: Collection[Entry]) -> set[str]:
+        return {entry.ticket for entry in entries if keeper_of(entry.ticket) in self.dead_keepers}
+
+    def dead(self, entries: Collection[Entry]) -> Generator[Any, Any, set[str]]:
+        if not entries:
+            return set()
+        return set((yield Observe(tuple(entry.ticket for entry in entries))))
+
+
+def program(lease: Lease, around: Surroundings, script: Script, cleans: bool) -> Generator[Any, Any, None]:
+    """What a keeper does for a program: lock, hold, unlock; and after a lapse, only what is still right."""
+    for exclusive, blocking in script:
+        try:
+            got = yield from lease.acquire(exclusive, blocking)
+            if not got:
+                yield Refused()
+                continue
+            while got:
+                yield Hold(exclusive, lease.token)
+                if lease.still_mine(around.clock()):
+                    break
+                got = yield from lease.confirm()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+        while True:
+            try:
+                yield from lease.release()
+                break
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+                yield ops.Pause(0)
+    if cleans:
+        yield from lease.clean()
+
+
+class Machine:
+    """A host's generators, brought to where they are by all that they were told."""
+
+    def __init__(self, host: Host) -> None:
+        self.around = Surroundings(host.keeper)
+        around: Any = self.around
+        self.lease = Lease(TARGET, around.new_ticket, around.new_lineage, around, around)
+        self.run = program(self.lease, self.around, host.script, host.cleans)
+        self.ended = False
+        for told in host.told:
+            self.tell(told)
+
+    def tell(self, told: Any) -> Any:
+        """Pass on a result, an error, or what happens around; return what is yielded then."""
+        kind, value = told
+        if kind == "lapse":
+            self.around.lapses += 1
+        elif kind == "dead":
+            self.around.dead_keepers.add(value)
+        else:
+            try:
+                if kind == "error":
+                    return self.run.throw(OSError(value, os.strerror(value)))
+                return self.run.send(value)
+            except StopIteration:
+                self.ended = True
+        return None
+
+    def digest(self) -> str:
+        """All that decides how the host goes on."""
+        frames, run = [], self.run
+        while run is not None and run.gi_frame is not None:
+            local = {k: _plain(v) for k, v in run.gi_frame.f_locals.items() if k not in ("self", "lease", "around")}
+            frames.append((run.gi_frame.f_code.co_name, run.gi_frame.f_lasti, sorted(local.items())))
+            run = run.gi_yieldfrom
+        lease = [(k, _plain(v)) for k, v in vars(self.lease).items() if not callable(v) and v is not self.around]
+        around = [_plain(v) for v in vars(self.around).values()]
+        lease = [item for item in lease if item[0] not in ("_names", "_target")]
+        return repr((frames, lease, around))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value, key=repr) if isinstance(value, set) else value
+
+
+# The directory.
+
+
+@functools.lru_cache(maxsize=4096)
+def state_of(directory: tuple[tuple[str, str], ...]) -> tuple[StateName, State] | None:
+    """The state of the claimed lineage; raises Violation where there is not exactly one, or it cannot be read."""
+    files = dict(directory)
+    if NAMES.claim not in files:
+        return None
+    lineage = lineage_of_claim(files[NAMES.claim])
+    parsed = [NAMES.parse(name) for name in files]
+    states = [name for name in parsed if isinstance(name, StateName) and name.lineage == lineage]
+    if len(states) != 1:
+        raise Violation(f"{len(states)} state files of the claimed lineage: {sorted(files)}")
+    data = data_of(states[0])
+    if data is None:
+        return states[0], of_token(states[0].version, states[0].token)
+    if NAMES.data(data) not in files:
+        raise Violation(f"the state's data file is missing: {sorted(files)}")
+    return states[0], of_text(states[0].version, files[NAMES.data(data)])
+
+
+def perform(files: dict[str, str], op: Any, hard_links: bool) -> Any:
+    """Do an operation on the server; raises OSError."""
+    name = getattr(op, "name", "")
+    if isinstance(op, ops.Create):
+        _must(name not in files, errno.EEXIST)
+        files[name] = op.text
+    elif isinstance(op, ops.Write):
+        files[name] = op.text
+    elif isinstance(op, ops.Symlink):
+        _must(name not in files, errno.EEXIST)
+        files[name] = op.target
+    elif isinstance(op, ops.Link):
+        _must(hard_links, errno.EPERM)
+        _must(name in files, errno.ENOENT)
+        _must(op.new not in files, errno.EEXIST)
+        files[op.new] = files[name]
+    else:
+        _must(name in files, errno.ENOENT)
+        if isinstance(op, ops.Rename):
+            files[op.new] = files.pop(name)
+        elif isinstance(op, ops.Unlink):
+            del files[name]
+        else:
+            return files[name] if isinstance(op, ops.Read) else None
+    return None
+
+
+def _must(condition: bool, number: int) -> None:
+    if not condition:
+        raise OSError(number, os.strerror(number))
+
+
+REPEATED = {ops.Create: errno.EEXIST, ops.Symlink: errno.EEXIST, ops.Link: errno.EEXIST}
+REPEATED.update({ops.Rename: errno.ENOENT, ops.Unlink: errno.ENOENT})
+
+
+def half(names: Collection[str], which: int) -> tuple[str, ...]:
+    """What one of the two steps of a scan finds: a rename may move a name to the other half, either way."""
+    return tuple(sorted(name for name in names if zlib.crc32(name.encode()) & 1 == which))
+
+
+# What may happen next.
+
+Choice = tuple[str, int]
+
+
+def choices(world: World) -> list[Choice]:
+    """All that may happen next: (what, to which host)."""
+    found: list[Choice] = []
+    files = dict(world.files)
+    for number, host in enumerate(world.hosts):
+        if host.end == "crashed":
+            found += [("restart", number)] if world.faults.restart else []
+        if host.end:
+            continue
+        found.append(("step", number))
+        op, faults = host.op, world.faults
+        found += [(what, number) for what in ("crash", "lapse") if getattr(faults, what)]
+        if type(op) in REPEATED:
+            found += [("lost", number)] if faults.lost else []
+            found += [("eio-done", number), ("eio", number)] if faults.eio else []
+        seen = dict(host.seen)
+        if faults.stale_look and isinstance(op, (ops.Look, ops.Read)) and op.name in seen:
+            found += [("stale_look", number)] if seen[op.name] != files.get(op.name) else []
+        if faults.stale_list and isinstance(op, ops.List) and host.scanned is None and host.listed is not None:
+            found += [("stale_list", number)] if host.listed != tuple(sorted(files)) else []
+    return found
+
+
+def follow(world: World, choice: Choice) -> World:
+    """Return the world after this; raises Violation."""
+    what, number = choice
+    host = world.hosts[number]
+    fault = what.partition("-")[0]
+    if fault != "step":
+        world = world._replace(faults=world.faults._replace(**{fault: getattr(world.faults, fault) - 1}))
+    if what == "crash":
+        return _crash(world, number)
+    if what == "restart":
+        # Another keeper of the same domain, which knows of the kernel's locks who died.
+        new = Host(f"{int(host.keeper, 16) + 16:x}", host.domain, host.script)
+        dead = [old.keeper for old in world.hosts if old.end == "crashed" and old.domain == host.domain]
+        return _put(world, number, tell(new, *(("dead", keeper) for keeper in dead), ("result", None)))
+    if what == "lapse":
+        return _put(world, number, tell(host, ("lapse", None)))
+    return check(world, _step(world, number, what))
+
+
+def _crash(world: World, number: int) -> World:
+    host = world.hosts[number]
+    world = _put(world, number, host._replace(end="crashed", op=None, told=(), digest="", seen=(), listed=None))
+    for other, neighbour in enumerate(world.hosts):
+        if neighbour.domain == host.domain and not neighbour.end:
+            world = _put(world, other, tell(neighbour, ("dead", host.keeper)))
+    return world
+
+
+def _put(world: World, number: int, host: Host) -> World:
+    hosts = list(world.hosts)
+    hosts[number] = host
+    return world._replace(hosts=tuple(hosts))
+
+
+def tell(host: Host, *told: Any) -> Host:
+    """Return the host after it was told this."""
+    machine = Machine(host)
+    for item in told:
+        op = machine.tell(item)
+        if item[0] == "lapse":
+            # What was ticketed before may be thought dead by others, from now on and for ever.
+            host = host._replace(stopped=True, lapsed=machine.around.serial + 1)
+        elif item[0] != "dead":
+            host = host._replace(op=op, stopped=False, scanned=None)
+    end = "done" if machine.ended else ""
+    return host._replace(told=host.told + told, end=end, digest=machine.digest())
+
+
+def _step(world: World, number: int, what: str) -> World:
+    host, files = world.hosts[number], dict(world.files)
+    op = host.op
+    if isinstance(op, Observe):
+        dead = tuple(ticket for ticket in op.tickets if is_thought_dead(world, ticket))
+        return _put(world, number, tell(host, ("result", dead)))
+    if isinstance(op, ops.List):
+        return _put(world, number, _scan(host, files, what))
+    if not isinstance(op, tuple) or isinstance(op, (Hold, Refused, ops.Pause, ops.Wait)):
+        return _put(world, number, tell(host, ("result", None)))
+    seen = dict(host.seen)
+    told = _answer(files, op, what, seen, world.hard_links)
+    host = tell(host._replace(seen=tuple(sorted(seen.items(), key=lambda item: item[0]))), told)
+    return _put(world._replace(files=tuple(sorted(files.items()))), number, host)
+
+
+def _scan(host: Host, files: dict[str, str], what: str) -> Host:
+    if what == "stale_list":
+        assert host.listed is not None
+        names = host.listed
+    elif host.scanned is None:
+        return host._replace(scanned=half(files, 0))
+    else:
+        names = host.scanned + half(files, 1)
+    seen = dict(host.seen)
+    # A scan fills the client's cache of lookups too.
+    seen.update({name: files.get(name, seen.get(name)) for name in names})
+    found = [name for name in names if name.startswith(host.op.prefix)]
+    host = host._replace(seen=tuple(sorted(seen.items(), key=lambda item: item[0])), listed=tuple(sorted(names)))
+    return tell(host, ("result", found))
+
+
+def _answer(files: dict[str, str], op: Any, what: str, seen: dict[str, str | None], hard_links: bool) -> Any:
+    if what == "stale_look":
+        text = seen[op.name]
+        if text is None:
+            return "error", errno.ENOENT
+        return "result", text if isinstance(op, ops.Read) else None
+    if what == "eio":
+        return "error", errno.EIO
+    told: Any
+    try:
+        told = "result", perform(files, op, hard_links)
+        if what == "lost":
+            told = "error", REPEATED[type(op)]
+    except OSError as error:
+        told = "error", error.errno
+    if what == "eio-done":
+        told = "error", errno.EIO
+    else:
+        for name in (op.name, getattr(op, "new", None)):
+            if name is not None:
+                seen[name] = files.get(name)
+    return told
+
+
+def is_thought_dead(world: World, ticket: str) -> bool:
+    """Whether somebody may think so: its keeper has ended, or has lapsed since it took the ticket."""
+    for host in world.hosts:
+        if host.keeper == keeper_of(ticket):
+            return host.end == "crashed" or int(ticket.rpartition("-")[2]) < host.lapsed
+    return True
+
+
+# What must hold.
+
+
+def holds(host: Host) -> bool:
+    """Whether the host's program runs on with the lock, not having been stopped by a lapse."""
+    return isinstance(host.op, Hold) and not host.stopped
+
+
+def check(before: World, after: World) -> World:
+    """Check a step, and return the world after it with what was learnt. Raises Violation."""
+    old, new = dict(before.files), dict(after.files)
+    was, now = state_of(before.files), state_of(after.files)
+    if was is not None:
+        if now is None or old[NAMES.claim] != new[NAMES.claim]:
+            raise Violation("the claim changed")
+        if was[0] != now[0] and now[0].version != was[0].version + 1:
+            raise Violation(f"version {was[0].version} became {now[0].version}")
+    _check_holders(after)
+    after = _check_tokens(before, after)
+    hosts = []
+    for host, earlier in zip(after.hosts, before.hosts):
+        if isinstance(host.op, Refused) and not host.met_holder and after.check_refusals:
+            raise Violation(f"{host.keeper} was refused, though nobody held the lock since it asked")
+        held = now is not None and any(keeper_of(entry.ticket) != host.keeper for entry in now[1].holders)
+        asks_anew = isinstance(earlier.op, (Hold, Refused)) and earlier.op != host.op
+        hosts.append(host._replace(met_holder=held or (host.met_holder and not asks_anew)))
+    return after._replace(hosts=tuple(hosts))
+
+
+def _check_holders(world: World) -> None:
+    holding = [host for host in world.hosts if holds(host)]
+    if len(holding) > 1 and any(host.op.exclusive for host in holding):
+        raise Violation(f"at once: {[(host.keeper, host.op) for host in holding]}")
+
+
+def _check_tokens(before: World, after: World) -> World:
+    for host, earlier in zip(after.hosts, before.hosts):
+        if isinstance(host.op, Hold) and host.op != earlier.op:
+            exclusive, token = host.op
+            if token <= (after.last_token if exclusive else after.last_exclusive):
+                raise Violation(f"fencing token {token} after {after.last_token}")
+            after = after._replace(
+                last_token=max(token, after.last_token), last_exclusive=token if exclusive else after.last_exclusive
+            )
+    return after
