@@ -20,7 +20,7 @@ from cluster_model import (
     tell,
 )
 
-from flockshim.cluster_names import StateName
+from flockshim.cluster_names import FREE, StateName, claim_text, keeper_of
 
 PATIENCE = 4000
 """Steps within which a run without further faults must end."""
@@ -33,13 +33,20 @@ class Found(NamedTuple):
     ends: int
 
 
-def begin(scripts: Iterable[Script], faults: Faults, one_domain: bool = False, hard_links: bool = True) -> World:
-    """Return the world in which hosts with these scripts have not begun, and the directory is empty."""
+def begin(
+    scripts: Iterable[Script],
+    faults: Faults,
+    one_domain: bool = False,
+    hard_links: bool = True,
+    born: bool = False,
+) -> World:
+    """Return the world in which hosts with these scripts have not begun; the directory is empty, or has a free lock."""
     hosts = tuple(
         tell(Host(f"{number + 10:x}", "d" if one_domain else f"d{number}", script), ("result", None))
         for number, script in enumerate(scripts)
     )
-    return World((), hosts, faults, hard_links, check_refusals=not faults.stale_look)
+    files = {NAMES.claim: claim_text("1"), NAMES.state(StateName("1", 0, FREE)): claim_text("1")} if born else {}
+    return World(tuple(sorted(files.items())), hosts, faults, hard_links, check_refusals=not faults.stale_look)
 
 
 def is_over(world: World) -> bool:
@@ -49,6 +56,11 @@ def is_over(world: World) -> bool:
 
 def check_end(world: World, without_faults: bool) -> None:
     """Check what is left, and what is left when one more host has come, locked, and cleaned. Raises Violation."""
+    done = [host.keeper for host in world.hosts if host.end == "done"]
+    state = state_of(world.files)
+    left = [entry.ticket for entry in state[1].entries() if keeper_of(entry.ticket) in done] if state else []
+    if left:
+        raise Violation(f"{left} have gone, and still hold or wait")
     if without_faults:
         _check_files(world)
     finished = tuple(host._replace(end="crashed") for host in world.hosts)
@@ -131,16 +143,21 @@ def _way(ways: dict[bytes, tuple[bytes, Choice] | None], key: bytes) -> list[Cho
 def walk(start: World, seed: int, fault_share: float = 0.1) -> int:
     """Go one way at random, then on without faults to the end. Returns the number of steps; raises Violation."""
     chance = random.Random(seed)
-    world, way = start, []
+    # Hosts that go on for long while others stand still find more than fair ones.
+    steadiness = chance.choice((0.0, 0.5, 0.9))
+    world, way, last = start, [], -1
     for steps in range(PATIENCE):
         if is_over(world):
             _finish(world, start, seed, way)
             return steps
         possible = choices(world)
         faults = [choice for choice in possible if choice[0] != "step"]
-        steps_only = [choice for choice in possible if choice[0] == "step"]
-        choice = chance.choice(faults if faults and (chance.random() < fault_share or not steps_only) else steps_only)
+        normal = [choice for choice in possible if choice[0] == "step"]
+        choice = chance.choice(faults if faults and (chance.random() < fault_share or not normal) else normal)
+        if choice in normal and ("step", last) in normal and chance.random() < steadiness:
+            choice = ("step", last)
         way.append(choice)
+        last = choice[1]
         try:
             world = follow(world, choice)
         except (Violation, OSError) as error:

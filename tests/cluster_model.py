@@ -90,8 +90,12 @@ class World(NamedTuple):
     last_token: int = 0
 
     def key(self) -> bytes:
-        """What tells this world from others: all but the way to it."""
+        """What tells this world from others: all but the way to it, and what no longer matters."""
         parts = [host._replace(told=(), script=()) for host in self.hosts]
+        if not self.faults.stale_look:
+            parts = [host._replace(seen=()) for host in parts]
+        if not self.faults.stale_list:
+            parts = [host._replace(listed=None) for host in parts]
         return hashlib.blake2b(repr(self._replace(hosts=tuple(parts))).encode(), digest_size=12).digest()
 
 
@@ -311,12 +315,12 @@ def follow(world: World, choice: Choice) -> World:
         return _put(world, number, tell(new, *(("dead", keeper) for keeper in dead), ("result", None)))
     if what == "lapse":
         return _put(world, number, tell(host, ("lapse", None)))
-    return check(world, _step(world, number, what))
+    return check(world, _step(world, number, what), host.keeper)
 
 
 def _crash(world: World, number: int) -> World:
     host = world.hosts[number]
-    world = _put(world, number, host._replace(end="crashed", op=None, told=(), digest="", seen=(), listed=None))
+    world = _put(world, number, _at_rest(host, "crashed"))
     for other, neighbour in enumerate(world.hosts):
         if neighbour.domain == host.domain and not neighbour.end:
             world = _put(world, other, tell(neighbour, ("dead", host.keeper)))
@@ -339,8 +343,13 @@ def tell(host: Host, *told: Any) -> Host:
             host = host._replace(stopped=True, lapsed=machine.around.serial + 1)
         elif item[0] != "dead":
             host = host._replace(op=op, stopped=False, scanned=None)
-    end = "done" if machine.ended else ""
-    return host._replace(told=host.told + told, end=end, digest=machine.digest())
+    if machine.ended:
+        return _at_rest(host, "done")
+    return host._replace(told=host.told + told, digest=machine.digest())
+
+
+def _at_rest(host: Host, end: str) -> Host:
+    return host._replace(end=end, op=None, told=(), digest="", seen=(), listed=None, scanned=None)
 
 
 def _step(world: World, number: int, what: str) -> World:
@@ -391,11 +400,11 @@ def _answer(files: dict[str, str], op: Any, what: str, seen: dict[str, str | Non
     except OSError as error:
         told = "error", error.errno
     if what == "eio-done":
-        told = "error", errno.EIO
-    else:
-        for name in (op.name, getattr(op, "new", None)):
-            if name is not None:
-                seen[name] = files.get(name)
+        return "error", errno.EIO
+    # That the host itself has renamed or removed the file does not make it forget: a client may be several.
+    for name in (op.name, getattr(op, "new", op.name)):
+        if name in files or isinstance(op, (ops.Look, ops.Read)):
+            seen[name] = files.get(name)
     return told
 
 
@@ -415,15 +424,16 @@ def holds(host: Host) -> bool:
     return isinstance(host.op, Hold) and not host.stopped
 
 
-def check(before: World, after: World) -> World:
-    """Check a step, and return the world after it with what was learnt. Raises Violation."""
-    old, new = dict(before.files), dict(after.files)
+def check(before: World, after: World, mover: str) -> World:
+    """Check a step of a host, and return the world after it with what was learnt. Raises Violation."""
     was, now = state_of(before.files), state_of(after.files)
     if was is not None:
-        if now is None or old[NAMES.claim] != new[NAMES.claim]:
+        if now is None or was[0].lineage != now[0].lineage:
             raise Violation("the claim changed")
-        if was[0] != now[0] and now[0].version != was[0].version + 1:
-            raise Violation(f"version {was[0].version} became {now[0].version}")
+        if was[0] != now[0]:
+            if now[0].version != was[0].version + 1:
+                raise Violation(f"version {was[0].version} became {now[0].version}")
+            _check_entries(after, was[1], now[1], mover)
     _check_holders(after)
     after = _check_tokens(before, after)
     hosts = []
@@ -434,6 +444,22 @@ def check(before: World, after: World) -> World:
         asks_anew = isinstance(earlier.op, (Hold, Refused)) and earlier.op != host.op
         hosts.append(host._replace(met_holder=held or (host.met_holder and not asks_anew)))
     return after._replace(hosts=tuple(hosts))
+
+
+def _check_entries(world: World, was: State, now: State, mover: str) -> None:
+    """Nobody alive is put out by another, and nobody passes those who wait."""
+    kept = [e.ticket for e in was.entries() if keeper_of(e.ticket) != mover and not is_thought_dead(world, e.ticket)]
+    holders, queue = ([entry.ticket for entry in entries] for entries in (now.holders, now.queue))
+    for ticket in kept:
+        if ticket not in holders + queue:
+            raise Violation(f"{ticket} was put out by {mover}")
+        if ticket in queue and ticket in [entry.ticket for entry in was.holders]:
+            raise Violation(f"{ticket} held, and waits now")
+    waited = [entry.ticket for entry in was.queue]
+    if [ticket for ticket in waited if ticket in queue] != queue[: len([t for t in queue if t in waited])]:
+        raise Violation(f"the queue {waited} became {queue}")
+    if queue and not holders:
+        raise Violation(f"nobody holds, and {queue} wait")
 
 
 def _check_holders(world: World) -> None:
