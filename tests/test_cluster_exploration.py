@@ -13,7 +13,9 @@ from typing import NamedTuple
 import cluster_mutations as mutations
 import pytest
 from cluster_explore import begin, explore, walk
-from cluster_model import Faults, Script, Violation, World
+from cluster_model import Faults, Hold, Script, Violation, World, follow
+
+from flockshim.cluster_ops import Rename
 
 SOAK = bool(os.environ.get("FLOCKSHIM_SOAK"))
 
@@ -150,9 +152,14 @@ def test_a_mistake_is_found(mutation: mutations.Mutation, case: Case, monkeypatc
 
 
 def test_removing_the_data_of_others_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes three hosts: one that holds, one that is about to queue, one that is refused and cleans."""
+    """It takes three hosts: one that holds, one that is about to queue, one that is refused and cleans.
+
+    Of the 400,000 worlds of these, which only the soak tries, the bad ones lie on this way.
+    """
     mutations.eager_cleaner(monkeypatch)
-    start = Case(((X,), (X, X), (X_NOW, X_NOW, X_NOW))).world()
+    world = Case(((X,), (X,), (X_NOW,))).world()
+    for number, until in ((0, Hold), (1, Rename), (2, type(None))):
+        while not isinstance(world.hosts[number].op, until):
+            world = follow(world, ("step", number))
     with pytest.raises(Violation, match="data file is missing"):
-        for seed in range(2000):
-            walk(start, seed)
+        follow(world, ("step", 1))
