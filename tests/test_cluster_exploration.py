@@ -58,7 +58,7 @@ BOUNDED = {
 }
 
 SOAKED = {
-    "reader and writer": Case(((X, S), (X_NOW, S))),
+    "two rounds of readers and writers": Case(((X, S), (X_NOW, S))),
     "EIO and old views": Case(((X,), (S_NOW,)), Faults(eio=1, stale_look=2, stale_list=1)),
     "two lapses with readers": Case(((S,), (X_NOW,)), Faults(lapse=2)),
     "birth, lost answer": Case(((X,), (X,)), Faults(lost=1), unborn=True),
@@ -141,9 +141,7 @@ _MUTATIONS: list[tuple[mutations.Mutation, Case]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("mutation", "case"), [pytest.param(*pair, id=pair[0].__name__) for pair in _MUTATIONS]
-)
+@pytest.mark.parametrize(("mutation", "case"), [pytest.param(*pair, id=pair[0].__name__) for pair in _MUTATIONS])
 def test_a_mistake_is_found(mutation: mutations.Mutation, case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     mutation(monkeypatch)
     with pytest.raises(Violation) as caught:

@@ -1,8 +1,8 @@
 """The lock of one target between all hosts that share its directory, as steps that the caller performs.
 
-The state is in the name of one file, and rename(2) from the name that was read is the compare-and-swap. What is read may
-be out of date (NFS keeps names and listings for a while), which costs another attempt, never a lock: a state that once
-was can only be left by a rename, and of each version there is one. docs/cluster.md has the argument.
+The state is in the name of one file, and rename(2) from the name that was read is the compare-and-swap. What is read
+may be out of date (NFS keeps names and listings for a while), which costs another attempt, never a lock: a state that
+once was can only be left by a rename, and of each version there is one. docs/cluster.md has the argument.
 """
 
 from __future__ import annotations
@@ -48,9 +48,10 @@ class Lease:
         judge: Judge,
         voucher: Voucher,
     ) -> None:
-        """`target` is a name in the directory. `new_ticket` returns `KEEPER-SERIAL`, never the same twice; `new_lineage` a random one.
+        """`target` is a name in the directory. All that a keeper has in one directory share `judge` and `voucher`.
 
-        Raises OSError ENAMETOOLONG.
+        `new_ticket` returns `KEEPER-SERIAL`, never the same twice; `new_lineage` LINEAGE_DIGITS random hexadecimal
+        digits. Raises OSError ENAMETOOLONG.
         """
         self._target = target
         self._names = Names(target)
@@ -109,7 +110,7 @@ class Lease:
                 yield from self._is_current()
 
     def release(self) -> Protocol[None]:
-        """Give back what is held, or leave the queue, or make sure that there is no entry. The next in line hold then."""
+        """Give back what is held, or leave the queue, or make sure that we have no entry. The next in line hold then."""
         while True:
             state = yield from self._known()
             own = self._own(state.entries())
@@ -121,7 +122,7 @@ class Lease:
             yield from self._change(state.without(gone))
 
     def confirm(self) -> Protocol[bool]:
-        """Return whether we hold, though we may have been thought dead: if so, under a new ticket that nobody has judged."""
+        """Return whether we hold, though we may have been thought dead. If so, it is by a new ticket, judged by nobody."""
         while True:
             state = yield from self._known()
             own = self._own(state.holders)

@@ -53,8 +53,8 @@ class Names:
     def __init__(self, target: str) -> None:
         """`target` is a name in the directory, as of os.fsdecode.
 
-        Raises OSError ENAMETOOLONG unless every name that may ever be needed fits in NAME_MAX bytes: a version that has grown must not be what
-        makes a lock fail.
+        Raises OSError ENAMETOOLONG unless every name that may ever be needed fits in NAME_MAX bytes: a version that
+        has grown must not be what makes a lock fail.
         """
         self.claim = f".{target}.flockshim"
         longest = LINEAGE_DIGITS + MAX_VERSION_DIGITS + MAX_KEEPER + MAX_SERIAL_DIGITS + len("..x-.")

@@ -1,4 +1,4 @@
-"""Who is alive, by vouching files and nobody's clock but one's own; and when a holder must stop because others may think it dead.
+"""Who is alive, by vouching files and nobody's clock but one's own; and when holders must stop.
 
 All times are seconds of this host's CLOCK_BOOTTIME, which goes on while the machine is suspended: `clock` returns it.
 """
@@ -78,7 +78,7 @@ class Judge:
     """This keeper's judgement of others in one directory."""
 
     def __init__(self, lease: float, clock: Clock, is_dead: Callable[[str], bool | None]) -> None:
-        """`lease` is in seconds. `is_dead` tells of a keeper's name whether it is dead, or None for one of another domain."""
+        """`lease` is in seconds. `is_dead` tells whether a keeper is dead; None for one of another domain."""
         self._lease = lease
         self._clock = clock
         self._is_dead = is_dead
@@ -142,6 +142,10 @@ class Judge:
             text = None
         except OSError:
             return
+        self._note(key, text, begun)
+
+    def _note(self, key: str, text: str | None, begun: float) -> None:
+        """Note an observation that began at `begun` and has ended just now."""
         ended = self._clock()
         silence = self._silences.get(key)
         # A server that stalls hides the vouching of others: what spans a stall does not count.
