@@ -81,11 +81,13 @@ def _check_files(world: World) -> None:
         raise Violation(f"left over: {names}")
 
 
-def explore(start: World, limit: int = 10**7) -> Found:
-    """Try all that can happen, worlds that are alike once. Raises Violation, with the way to it as its notes.
+def explore(start: World, limit: int = 10**7, switches: int | None = None) -> Found:
+    """Try all that can happen, worlds that are alike once. Raises Violation, which tells the way to it.
 
-    From every world that can be reached an end must be reachable: whoever lives will be served.
+    From every world that can be reached an end must be reachable: whoever lives will be served. With `switches`, only
+    as many times may a host be made to stand still when it could go on (while it holds or waits it may always).
     """
+    start = start._replace(switches=switches)
     first = start.key()
     ways: dict[bytes, tuple[bytes, Choice] | None] = {first: None}
     into: dict[bytes, list[bytes]] = {first: []}

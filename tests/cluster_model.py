@@ -1,7 +1,7 @@
-"""Hosts that run the cluster protocol on a model file system, one operation at a time, with everything that can go wrong.
+"""Hosts that run the cluster protocol on a model file system, one operation at a time, with all that can go wrong.
 
 A `World` is a value: what the directory holds, and of each host what it has been told. The host's generators are made
-again from that when it moves. So all that can follow from a world can be tried, and worlds that are alike are tried once.
+again from that when it moves. So all that can follow from a world can be tried, and worlds that are alike only once.
 """
 
 from __future__ import annotations
@@ -85,6 +85,8 @@ class World(NamedTuple):
     hosts: tuple[Host, ...]
     faults: Faults
     hard_links: bool = True
+    switches: int | None = None  # how often a host that could go on may still be made to stand still; None: always
+    last: int = -1  # who moved last, if that is limited
     check_refusals: bool = True
     last_exclusive: int = 0
     last_token: int = 0
@@ -278,11 +280,26 @@ Choice = tuple[str, int]
 
 def choices(world: World) -> list[Choice]:
     """All that may happen next: (what, to which host)."""
+    found = _all_choices(world)
+    if world.switches == 0 and _is_switch(world, -1):
+        return [choice for choice in found if not _is_switch(world, choice[1])]
+    return found
+
+
+def _is_switch(world: World, number: int) -> bool:
+    if world.last in (-1, number):
+        return False
+    host = world.hosts[world.last]
+    return not host.end and not isinstance(host.op, (Hold, ops.Wait, ops.Pause))
+
+
+def _all_choices(world: World) -> list[Choice]:
     found: list[Choice] = []
     files = dict(world.files)
     for number, host in enumerate(world.hosts):
         if host.end == "crashed":
             found += [("restart", number)] if world.faults.restart else []
+            found += [("late", number)] if host.op is not None else []
         if host.end:
             continue
         found.append(("step", number))
@@ -290,7 +307,9 @@ def choices(world: World) -> list[Choice]:
         found += [(what, number) for what in ("crash", "lapse") if getattr(faults, what)]
         if type(op) in REPEATED:
             found += [("lost", number)] if faults.lost else []
-            found += [("eio-done", number), ("eio", number)] if faults.eio else []
+            found += [("eio-done", number)] if faults.eio else []
+        if faults.eio and isinstance(op, (*REPEATED, ops.Look, ops.Read, ops.List)):
+            found.append(("eio", number))
         seen = dict(host.seen)
         if faults.stale_look and isinstance(op, (ops.Look, ops.Read)) and op.name in seen:
             found += [("stale_look", number)] if seen[op.name] != files.get(op.name) else []
@@ -302,8 +321,16 @@ def choices(world: World) -> list[Choice]:
 def follow(world: World, choice: Choice) -> World:
     """Return the world after this; raises Violation."""
     what, number = choice
+    if world.switches is not None:
+        world = world._replace(switches=world.switches - _is_switch(world, number), last=number)
     host = world.hosts[number]
     fault = what.partition("-")[0]
+    if what == "late":
+        # The server does it at last, for a client that is gone.
+        told, files = host._replace(op=None), dict(world.files)
+        _answer(files, host.op, what, {}, world.hard_links)
+        after = _put(world._replace(files=tuple(sorted(files.items()))), number, told)
+        return check(world, after, host.keeper)
     if fault != "step":
         world = world._replace(faults=world.faults._replace(**{fault: getattr(world.faults, fault) - 1}))
     if what == "crash":
@@ -320,7 +347,8 @@ def follow(world: World, choice: Choice) -> World:
 
 def _crash(world: World, number: int) -> World:
     host = world.hosts[number]
-    world = _put(world, number, _at_rest(host, "crashed"))
+    under_way = host.op if type(host.op) in REPEATED else None
+    world = _put(world, number, _at_rest(host, "crashed")._replace(op=under_way))
     for other, neighbour in enumerate(world.hosts):
         if neighbour.domain == host.domain and not neighbour.end:
             world = _put(world, other, tell(neighbour, ("dead", host.keeper)))
@@ -358,7 +386,7 @@ def _step(world: World, number: int, what: str) -> World:
     if isinstance(op, Observe):
         dead = tuple(ticket for ticket in op.tickets if is_thought_dead(world, ticket))
         return _put(world, number, tell(host, ("result", dead)))
-    if isinstance(op, ops.List):
+    if isinstance(op, ops.List) and what != "eio":
         return _put(world, number, _scan(host, files, what))
     if not isinstance(op, tuple) or isinstance(op, (Hold, Refused, ops.Pause, ops.Wait)):
         return _put(world, number, tell(host, ("result", None)))

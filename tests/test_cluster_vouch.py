@@ -144,10 +144,10 @@ class Simulation:
             if run is not holder or self.now < self.crash:
                 action()
         quiet = max([self.crash, *(end for _, end in self.stalls)])
-        if self.crash < END and self.entry and not self.read_failures:
-            # Once more for the file that was thought absent, and was there.
-            if self.found_dead is None or self.found_dead > quiet + 2.6 * LEASE:
-                raise Wrong(f"dead since {self.crash}, found out at {self.found_dead}")
+        # Once more for the file that was thought absent, and was there.
+        latest = quiet + 2.6 * LEASE if self.entry and not self.read_failures else END
+        if self.crash < END and latest < END and (self.found_dead or END) > latest:
+            raise Wrong(f"dead since {self.crash}, found out at {self.found_dead}")
 
 
 def simulate(seeds: int) -> int:

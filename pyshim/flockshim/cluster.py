@@ -7,6 +7,7 @@ once was can only be left by a rename, and of each version there is one. docs/cl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from typing import Callable
 
@@ -110,7 +111,7 @@ class Lease:
                 yield from self._is_current()
 
     def release(self) -> Protocol[None]:
-        """Give back what is held, or leave the queue, or make sure that we have no entry. The next in line hold then."""
+        """Give back what is held, or leave the queue, or make sure that we have no entry. Who is next holds then."""
         while True:
             state = yield from self._known()
             own = self._own(state.entries())
@@ -122,7 +123,7 @@ class Lease:
             yield from self._change(state.without(gone))
 
     def confirm(self) -> Protocol[bool]:
-        """Return whether we hold, though we may have been thought dead. If so, it is by a new ticket, judged by nobody."""
+        """Return whether we hold, though we may have been thought dead; if so, by a new ticket that nobody judged."""
         while True:
             state = yield from self._known()
             own = self._own(state.holders)
@@ -290,11 +291,9 @@ class Lease:
         self._litter.difference_update(litter)
         for name in litter:
             file = self._names.state(name) if isinstance(name, StateName) else self._names.data(name)
-            try:
+            # Gone already, perhaps; else the next who lists the directory finds it.
+            with contextlib.suppress(OSError):
                 yield Unlink(file)
-            except OSError:
-                # Gone already; else the next who lists the directory finds it.
-                pass
 
     # Birth.
 
