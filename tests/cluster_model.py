@@ -90,6 +90,7 @@ class World(NamedTuple):
     check_refusals: bool = True
     last_exclusive: int = 0
     last_token: int = 0
+    last_holder: str = ""
 
     def key(self) -> bytes:
         """What tells this world from others: all but the way to it, and what no longer matters."""
@@ -475,7 +476,10 @@ def check(before: World, after: World, mover: str) -> World:
 
 
 def _check_entries(world: World, was: State, now: State, mover: str) -> None:
-    """Nobody alive is put out by another, and nobody passes those who wait."""
+    """Nobody alive is put out by another, nobody passes those who wait, and nobody is there twice."""
+    keepers = [keeper_of(entry.ticket) for entry in now.entries()]
+    if len(set(keepers)) < len(keepers):
+        raise Violation(f"one keeper has two entries: {now}")
     kept = [e.ticket for e in was.entries() if keeper_of(e.ticket) != mover and not is_thought_dead(world, e.ticket)]
     holders, queue = ([entry.ticket for entry in entries] for entries in (now.holders, now.queue))
     for ticket in kept:
@@ -500,9 +504,12 @@ def _check_tokens(before: World, after: World) -> World:
     for host, earlier in zip(after.hosts, before.hosts):
         if isinstance(host.op, Hold) and host.op != earlier.op:
             exclusive, token = host.op
-            if token <= (after.last_token if exclusive else after.last_exclusive):
-                raise Violation(f"fencing token {token} after {after.last_token}")
+            last = after.last_token if exclusive else after.last_exclusive
+            if token < last or (token == last and host.keeper != after.last_holder):
+                raise Violation(f"fencing token {token} after {last}")
             after = after._replace(
-                last_token=max(token, after.last_token), last_exclusive=token if exclusive else after.last_exclusive
+                last_token=max(token, after.last_token),
+                last_exclusive=token if exclusive else after.last_exclusive,
+                last_holder=host.keeper,
             )
     return after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Set
 from typing import Any
 
@@ -52,7 +53,8 @@ def trusted_link(patch: Patch) -> None:
         failure = yield from self._link(own)
         if failure is None:
             return own.lineage
-        yield Unlink(self._names.state(own))
+        with contextlib.suppress(FileNotFoundError):
+            yield Unlink(self._names.state(own))
         lineage = None
         while lineage is None:
             lineage = yield from self._read_claim()
@@ -119,12 +121,15 @@ def unopened(patch: Patch) -> None:
 
     def opened(self: Any, name: StateName) -> Any:
         run = original(self, name)
-        next(run)
-        try:
+        next(run)  # the Look
+        with contextlib.suppress(StopIteration):
             op = run.send(None)
-            run.send((yield op))
-        except StopIteration:
-            pass
+            try:
+                text = yield op
+            except OSError as error:
+                run.throw(error)
+            else:
+                run.send(text)
 
     patch.setattr(Lease, "_open", opened)
     patch.setattr(Lease, "_is_current", is_current)
@@ -264,7 +269,8 @@ def eager_birth_cleaner(patch: Patch) -> None:
     def linked(self: Any, own: StateName) -> Any:
         failure = yield from link(self, own)
         if failure is not None:
-            yield Unlink(self._names.state(own))
+            with contextlib.suppress(FileNotFoundError):
+                yield Unlink(self._names.state(own))
         return failure
 
     patch.setattr(Lease, "_link", linked)
@@ -330,3 +336,12 @@ def litter_left(patch: Patch) -> None:
 def quick_judge(patch: Patch) -> None:
     """Whoever holds is thought dead."""
     patch.setattr(Surroundings, "known_dead", lambda self, entries: {entry.ticket for entry in entries})
+
+
+def queued_twice(patch: Patch) -> None:
+    """Whoever waits does not know that it does."""
+
+    def own(self: Any, entries: tuple[Entry, ...]) -> Any:
+        return next((entry for entry in entries if entry.ticket in self._made and entry.granted), None)
+
+    patch.setattr(Lease, "_own", own)
