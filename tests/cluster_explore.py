@@ -6,19 +6,17 @@ import random
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from cluster_directory import NAMES, Violation, state_of
 from cluster_model import (
-    NAMES,
     Choice,
     Faults,
     Host,
-    Script,
-    Violation,
     World,
     choices,
     follow,
-    state_of,
     tell,
 )
+from cluster_program import Script
 
 from flockshim.cluster_names import FREE, StateName, claim_text, keeper_of
 

@@ -7,44 +7,17 @@ again from that when it moves. So all that can follow from a world can be tried,
 from __future__ import annotations
 
 import errno
-import functools
 import hashlib
 import os
-import zlib
-from collections.abc import Collection, Generator
 from typing import Any, NamedTuple
+
+from cluster_directory import REPEATED, TARGET, Violation, half, perform, state_of
+from cluster_program import Hold, Observe, Refused, Script, Surroundings, program
 
 from flockshim import cluster_ops as ops
 from flockshim.cluster import Lease
-from flockshim.cluster_names import Names, StateName, data_of, keeper_of, lineage_of_claim
-from flockshim.cluster_state import Entry, State, of_text, of_token
-
-TARGET = "lock"
-NAMES = Names(TARGET)
-
-Script = tuple[tuple[bool, bool], ...]
-"""What a host does: (exclusive, blocking) for each lock that it takes and gives back."""
-
-
-class Violation(AssertionError):
-    """Something that must never be."""
-
-
-class Hold(NamedTuple):
-    """The host's program has the lock."""
-
-    exclusive: bool
-    token: int
-
-
-class Refused(NamedTuple):
-    """A non-blocking request was refused."""
-
-
-class Observe(NamedTuple):
-    """The host asks which of these are dead."""
-
-    tickets: tuple[str, ...]
+from flockshim.cluster_names import keeper_of
+from flockshim.cluster_state import State
 
 
 class Faults(NamedTuple):
@@ -102,70 +75,6 @@ class World(NamedTuple):
         return hashlib.blake2b(repr(self._replace(hosts=tuple(parts))).encode(), digest_size=12).digest()
 
 
-# What a host is besides the protocol.
-
-
-class Surroundings:
-    """Judge and voucher of a host whose time is the number of its lapses, and which is told who is dead."""
-
-    def __init__(self, keeper: str) -> None:
-        self.keeper = keeper
-        self.lapses = 0
-        self.serial = 0
-        self.lineages = 0
-        self.dead_keepers: set[str] = set()
-
-    def new_ticket(self) -> str:
-        self.serial += 1
-        return f"{self.keeper}-{self.serial}"
-
-    def new_lineage(self) -> str:
-        self.lineages += 1
-        return f"{self.keeper}{self.lineages:x}"
-
-    def clock(self) -> float:
-        return self.lapses
-
-    def must_stop(self, made: float, now: float) -> bool:
-        return made < self.lapses
-
-    def known_dead(self, entries: Collection[Entry]) -> set[str]:
-        return {entry.ticket for entry in entries if keeper_of(entry.ticket) in self.dead_keepers}
-
-    def dead(self, entries: Collection[Entry]) -> Generator[Any, Any, set[str]]:
-        if not entries:
-            return set()
-        return set((yield Observe(tuple(entry.ticket for entry in entries))))
-
-
-def program(lease: Lease, around: Surroundings, script: Script, cleans: bool) -> Generator[Any, Any, None]:
-    """What a keeper does for a program: lock, hold, unlock; and after a lapse, only what is still right."""
-    for exclusive, blocking in script:
-        try:
-            got = yield from lease.acquire(exclusive, blocking)
-            if not got:
-                yield Refused()
-                continue
-            while got:
-                yield Hold(exclusive, lease.token)
-                if lease.still_mine(around.clock()):
-                    break
-                got = yield from lease.confirm()
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-        while True:
-            try:
-                yield from lease.release()
-                break
-            except OSError as error:
-                if error.errno != errno.EIO:
-                    raise
-                yield ops.Pause(0)
-    if cleans:
-        yield from lease.clean()
-
-
 class Machine:
     """A host's generators, brought to where they are by all that they were told."""
 
@@ -209,69 +118,6 @@ class Machine:
 
 def _plain(value: Any) -> Any:
     return sorted(value, key=repr) if isinstance(value, set) else value
-
-
-# The directory.
-
-
-@functools.lru_cache(maxsize=4096)
-def state_of(directory: tuple[tuple[str, str], ...]) -> tuple[StateName, State] | None:
-    """The state of the claimed lineage; raises Violation where there is not exactly one, or it cannot be read."""
-    files = dict(directory)
-    if NAMES.claim not in files:
-        return None
-    lineage = lineage_of_claim(files[NAMES.claim])
-    parsed = [NAMES.parse(name) for name in files]
-    states = [name for name in parsed if isinstance(name, StateName) and name.lineage == lineage]
-    if len(states) != 1:
-        raise Violation(f"{len(states)} state files of the claimed lineage: {sorted(files)}")
-    data = data_of(states[0])
-    if data is None:
-        return states[0], of_token(states[0].version, states[0].token)
-    if NAMES.data(data) not in files:
-        raise Violation(f"the state's data file is missing: {sorted(files)}")
-    return states[0], of_text(states[0].version, files[NAMES.data(data)])
-
-
-def perform(files: dict[str, str], op: Any, hard_links: bool) -> Any:
-    """Do an operation on the server; raises OSError."""
-    name = getattr(op, "name", "")
-    if isinstance(op, ops.Create):
-        _must(name not in files, errno.EEXIST)
-        files[name] = op.text
-    elif isinstance(op, ops.Write):
-        files[name] = op.text
-    elif isinstance(op, ops.Symlink):
-        _must(name not in files, errno.EEXIST)
-        files[name] = op.target
-    elif isinstance(op, ops.Link):
-        _must(hard_links, errno.EPERM)
-        _must(name in files, errno.ENOENT)
-        _must(op.new not in files, errno.EEXIST)
-        files[op.new] = files[name]
-    else:
-        _must(name in files, errno.ENOENT)
-        if isinstance(op, ops.Rename):
-            files[op.new] = files.pop(name)
-        elif isinstance(op, ops.Unlink):
-            del files[name]
-        else:
-            return files[name] if isinstance(op, ops.Read) else None
-    return None
-
-
-def _must(condition: bool, number: int) -> None:
-    if not condition:
-        raise OSError(number, os.strerror(number))
-
-
-REPEATED = {ops.Create: errno.EEXIST, ops.Symlink: errno.EEXIST, ops.Link: errno.EEXIST}
-REPEATED.update({ops.Rename: errno.ENOENT, ops.Unlink: errno.ENOENT})
-
-
-def half(names: Collection[str], which: int) -> tuple[str, ...]:
-    """What one of the two steps of a scan finds: a rename may move a name to the other half, either way."""
-    return tuple(sorted(name for name in names if zlib.crc32(name.encode()) & 1 == which))
 
 
 # What may happen next.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Set
 from typing import Any
 
 import pytest
-from cluster_model import Surroundings
+from cluster_program import Surroundings
 
 from flockshim import cluster
 from flockshim.cluster import Lease

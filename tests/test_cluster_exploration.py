@@ -1,4 +1,4 @@
-"""The cluster protocol on the model: two hosts exhaustively, three in part and at random, and mistakes that must be found.
+"""The cluster protocol on the model: two hosts exhaustively, three in part and at random; mistakes must be found.
 
 The soak, which tries far more (about an hour on one core):
 
@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import cluster_mutations as mutations
 import pytest
+from cluster_directory import Violation
 from cluster_explore import begin, explore, walk
-from cluster_model import Faults, Hold, Script, Violation, World, follow
+from cluster_model import Faults, World, follow
+from cluster_program import Hold, Script
 
 from flockshim.cluster_ops import Rename
 
