@@ -18,10 +18,12 @@ from flockshim.cluster import Lease
 from flockshim.cluster_names import MAX_KEEPER, MAX_SERIAL_DIGITS, MAX_VERSION_DIGITS, Names, StateName
 from flockshim.cluster_ops import Create, Link, Operation, Pause, Wait
 from flockshim.cluster_state import Entry, State, of_text
-from flockshim.cluster_vouch import Judge, Voucher
+from flockshim.cluster_vouch import GAP, HEARTBEATS, Judge, Voucher
 
 TARGET = "some.lock"
 CLAIM = ".some.lock.flockshim"
+LEASE = 90.0
+POLL = 5.0
 
 
 class Site:
@@ -31,12 +33,16 @@ class Site:
         self.descriptor = os.open(directory, os.O_RDONLY)
         self.done: list[Operation] = []
         self.fails = fails or {}
-        self.clock = time.monotonic
+        self.time = 0.0
+        self.while_it_waits = lambda: time.sleep(0.001)
         self.keeper = keeper
         self.serial = itertools.count(1)
-        self.judge = Judge(90.0, self.clock, lambda other: other in dead)
-        self.voucher = Voucher(keeper, 90.0, self.clock, lambda: str(next(self.serial)))
+        self.judge = Judge(LEASE, self.clock, lambda other: True if other in dead else None)
+        self.voucher = Voucher(keeper, LEASE, self.clock, lambda: str(next(self.serial)))
         self.lease = self.new_lease()
+
+    def clock(self) -> float:
+        return self.time
 
     def new_lease(self) -> Lease:
         lineages = itertools.count(1)
@@ -51,7 +57,7 @@ class Site:
     def perform(self, op: Operation) -> Any:
         self.done.append(op)
         if isinstance(op, (Pause, Wait)):
-            time.sleep(0.001)
+            self.while_it_waits()
             return None
         if type(op) in self.fails:
             number = self.fails[type(op)]
@@ -261,3 +267,65 @@ def test_vouching_files_of_the_dead_are_swept(directory: Path) -> None:
     alive.run(alive.voucher.withdraw())
     alive.run(alive.voucher.withdraw())
     assert names(directory) == []
+
+
+def poll(site: Site, blocking: bool, until: float) -> bool:
+    """Try for the lock, every POLL seconds of the site's own time."""
+
+    def later() -> None:
+        site.time += POLL
+        if site.time > until:
+            raise TimeoutError
+
+    site.while_it_waits = later
+    try:
+        while not site.lock(blocking=blocking):
+            later()
+    except TimeoutError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+@pytest.mark.parametrize("vouched", [True, False])
+def test_a_keeper_elsewhere_that_has_died_is_replaced_after_a_lease_time(
+    directory: Path, blocking: bool, vouched: bool
+) -> None:
+    dead, site = Site(directory, "dead"), Site(directory, "a")
+    dead.lock()
+    if vouched:
+        dead.run(dead.voucher.vouch())
+    assert poll(site, blocking, until=2 * LEASE)
+    assert LEASE <= site.time <= LEASE + 2 * LEASE * GAP
+    dead.time = site.time
+    assert not dead.lease.still_mine(dead.time)
+    assert not dead.run(dead.lease.confirm())
+
+
+def test_a_keeper_elsewhere_that_vouches_is_not_replaced(directory: Path) -> None:
+    holder, site = Site(directory, "dead"), Site(directory, "a")
+    holder.lock()
+    perform = site.perform
+
+    def vouching(op: Operation) -> Any:
+        if site.time >= holder.time + LEASE / HEARTBEATS:
+            holder.time = site.time
+            holder.run(holder.voucher.vouch())
+        return perform(op)
+
+    site.perform = vouching  # type: ignore[method-assign]
+    assert not poll(site, True, until=10 * LEASE)
+    assert holder.lease.still_mine(holder.time + 0.5 * LEASE)
+    assert not holder.lease.still_mine(holder.time + 0.7 * LEASE)
+
+
+def test_a_holder_that_was_silent_confirms_that_it_still_holds(directory: Path) -> None:
+    site = Site(directory, "a")
+    site.lock()
+    site.time = LEASE
+    assert not site.lease.still_mine(site.time)
+    site.run(site.voucher.vouch())
+    assert not site.lease.still_mine(site.time)
+    assert site.run(site.lease.confirm())
+    assert site.lease.still_mine(site.time)
+    assert site.lease.token == 2

@@ -14,7 +14,7 @@ import cluster_mutations as mutations
 import pytest
 from cluster_directory import Violation
 from cluster_explore import begin, explore, walk
-from cluster_model import Faults, World, follow
+from cluster_model import Faults, World, choices, follow
 from cluster_program import Hold, Script
 
 from flockshim.cluster_ops import Rename
@@ -102,6 +102,25 @@ def test_all_interleavings(case: Case) -> None:
     found = explore(case.world(), switches=case.switches)
     print(f"{found.worlds} worlds, {found.ends} ends")
     assert found.ends > 0
+
+
+@pytest.mark.parametrize("faults", [Faults(crash=1), Faults(stale_list=1)])
+def test_worlds_that_are_taken_for_alike_go_on_alike(faults: Faults) -> None:
+    """Only one of them is followed, so they must."""
+    start = Case(((X,), (X_NOW,)), faults).world()
+    followed: dict[bytes, set[bytes]] = {}
+    todo, met_again = [start], 0
+    while todo:
+        world = todo.pop()
+        after = [follow(world, choice) for choice in choices(world)]
+        keys = {one.key() for one in after}
+        if world.key() in followed:
+            met_again += 1
+            assert keys == followed[world.key()]
+        else:
+            followed[world.key()] = keys
+            todo += after
+    assert met_again > 100
 
 
 @pytest.mark.skipif(not SOAK, reason="takes an hour: set FLOCKSHIM_SOAK=1")
