@@ -21,7 +21,7 @@ NATIVE_ROOT = "/dev/shm"
 # In the first the same histories each time, unshrunk: a failure must not take the suite's time.
 hypothesis.settings.register_profile(
     "suite",
-    max_examples=300,
+    max_examples=120,
     derandomize=True,
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],

@@ -72,29 +72,26 @@ def index() -> Iterator[CountingIndex]:
         yield served
 
 
-@pytest.fixture(scope="session", params=["0.7.0", "newest"])
-def executable(request: pytest.FixtureRequest) -> Path:
+@pytest.fixture(params=[("newest", "memory"), ("newest", "mount"), ("0.7.0", "mount")], ids="-".join)
+def place(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
+    """A uv, and a directory: where the kernel locks, or where it refuses to."""
+    version, where = request.param
     try:
-        return fetched(newest() if request.param == "newest" else request.param)
+        executable = fetched(newest() if version == "newest" else version)
     except NoRegistryError as error:
-        require(False, f"no uv {request.param}", f"connect pip with an index: {error}")
+        require(False, f"no uv {version}", f"connect pip with an index: {error}")
         raise
-
-
-@pytest.fixture(params=["memory", "mount"])
-def directory(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """Where the kernel locks, and where it refuses to."""
-    if request.param == "mount":
-        yield request.getfixturevalue("nolock_dir")
+    if where == "mount":
+        yield executable, request.getfixturevalue("nolock_dir")
     else:
         with tempfile.TemporaryDirectory(prefix="native-", dir="/dev/shm") as native:
-            yield Path(native)
+            yield executable, Path(native)
 
 
 @pytest.fixture
-def jobs(directory: Path, index: CountingIndex, executable: Path, tmp_path: Path) -> Jobs:
+def jobs(place: tuple[Path, Path], index: CountingIndex, tmp_path: Path) -> Jobs:
     index.forget_counts()
-    uv = Uv(executable, directory, {**index_settings(), "UV_DEFAULT_INDEX": index.url})
+    uv = Uv(*place, {**index_settings(), "UV_DEFAULT_INDEX": index.url})
     write_project(uv.project)
     return Jobs(uv, private_python(tmp_path / "python"), index)
 
