@@ -173,7 +173,7 @@ static enum outcome receive_answer(struct call *call) {
         if (call->answer.kind == KIND_WAITING) {
             report_waiting(call->config, call->request.descriptor, call->answer.text);
             call->told = 1;
-            call->request.flags = 0;
+            call->request.flags &= ~FLAG_TELL;
             continue;
         }
         /* The lock is ours only if the keeper learns that we are still here: a call that was left
@@ -275,7 +275,8 @@ static enum outcome prepare(struct call *call, const struct stat *status, int op
                                   .descriptor = descriptor,
                                   .device = status->st_dev,
                                   .inode = status->st_ino,
-                                  .flags = shall_tell(call) ? FLAG_TELL : 0};
+                                  .flags = (shall_tell(call) ? FLAG_TELL : 0) |
+                                           (call->config->mode == MODE_CLUSTER ? FLAG_CLUSTER : 0)};
     if (call->config->bad) {
         struct text text = text_over(call->answer.text, sizeof call->answer.text);
 

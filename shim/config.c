@@ -43,7 +43,9 @@ static void set_triggers(struct config *config, const char *value) {
 }
 
 static void set_mode(struct config *config, const char *value) {
-    if (text_equal(value, "host") || text_equal(value, "auto"))
+    if (text_equal(value, "cluster"))
+        config->mode = MODE_CLUSTER;
+    else if (text_equal(value, "host") || text_equal(value, "auto"))
         config->mode = MODE_HOST;
     else if (text_equal(value, "success"))
         config->mode = MODE_SUCCESS;

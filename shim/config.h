@@ -18,7 +18,7 @@
 /* What stands in for the kernel's answer where --force keeps it from being asked. */
 #define CONFIG_FORCED_ERROR ENOSYS
 
-enum config_mode { MODE_HOST, MODE_SUCCESS, MODE_FAIL };
+enum config_mode { MODE_HOST, MODE_CLUSTER, MODE_SUCCESS, MODE_FAIL };
 
 struct config {
     int loaded;

@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from flockshim.descriptions import Description
     from flockshim.host import Host, Key
     from flockshim.journal import Journal
+    from flockshim.leases import Leases
     from flockshim.programs import Connection
 
 
 class File:
     """One file: its lock, and the descriptions that hold or want it."""
 
-    __slots__ = ("descriptions", "key", "lock", "undecided")
+    __slots__ = ("descriptions", "key", "lock", "undecided", "unlocking")
 
     def __init__(self, key: Key, lock: FileLock) -> None:
         """Begin with none."""
@@ -28,6 +29,8 @@ class File:
         # Non-blocking requests that another keeper's lock forbids, until that keeper has looked: see Host. Or one
         # that was granted to a program which has not said yet that it is still there.
         self.undecided: list[tuple[Connection, Description, bool, float]] = []
+        # Programs whose unlocking is over when the lease has been given back.
+        self.unlocking: list[Connection] = []
 
 
 class Files(dict["Key", File]):
@@ -38,18 +41,26 @@ class Files(dict["Key", File]):
         super().__init__()
         self._host = host
         self._journal = journal
+        self.leases: Leases | None = None
 
     def of(self, key: Key) -> File:
         """Return the file, a new one if need be."""
         file = self.get(key)
         if file is None:
             lock = FileLock(
-                lambda exclusive, barging: self._host.permit(key, exclusive, barging),
+                lambda exclusive, barging: self._permit(key, exclusive, barging),
                 self._note,
                 lambda description: self._journal.clear(description.descriptor),
             )
             file = self[key] = File(key, lock)
         return file
+
+    def _permit(self, key: Key, exclusive: bool, barging: bool) -> bool:
+        # This host first, so that of its keepers one asks the others.
+        if not self._host.permit(key, exclusive, barging):
+            return False
+        file = self.get(key)
+        return self.leases is None or self.leases.permit(key, exclusive, not barging or bool(file and file.lock.queue))
 
     def holds(self, description: Description) -> bool:
         """Return whether a description holds a lock."""

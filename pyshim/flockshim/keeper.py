@@ -67,7 +67,7 @@ class Keeper:
 
     def run(self, parent: int) -> None:
         """Serve until process `parent`, the standby, has died. Ends the process when idle for long enough."""
-        self.loop.run(parent, self._after, self._tick, self.service.patience.look)
+        self.loop.run(parent, self._after, self._tick, self.service.alarm)
 
     def _after(self) -> None:
         if self.service.processes.ended:

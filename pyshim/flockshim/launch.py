@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 HOME = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "libflockshim.so"
 
-MODES = ("auto", "host", "success", "fail")
+MODES = ("auto", "host", "cluster", "success", "fail")
 
 # ENOSYS, EOPNOTSUPP, ENOLCK and the kernel's ENOTSUPP, as numbers because the launcher must not pay
 # for looking up names that nobody gave.
@@ -115,11 +115,6 @@ def _flag(label: str, value: "str | bool | None") -> str:
 def _mode(label: str, text: "str | None") -> str:
     if text is None:
         return "auto"
-    if text == "cluster":
-        raise FlockshimError(
-            f"{label}: cluster is not available in this version, which locks between the programs "
-            "of one host only (--mode host)"
-        )
     if text not in MODES:
         raise FlockshimError(f"{label}: unknown mode {text!r}: choose {', '.join(MODES)}")
     return text

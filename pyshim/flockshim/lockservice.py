@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import time
 
 from flockshim import holders, listing
 from flockshim._native import lib
 from flockshim.descriptions import Description, Processes, closed
+from flockshim.aliveness import Aliveness
 from flockshim.files import File, Files
 from flockshim.host import Host, Key
+from flockshim.leases import Leases
 from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
 from flockshim.patience import Patience
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "a program of another job"
 GRANT_SECONDS = 2.0
+LEASE_SECONDS = float(os.environ.get("FLOCKSHIM_LEASE") or 90.0)
 UNDECIDED_SECONDS = GRANT_SECONDS + 2 * TICK_SECONDS
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
 
@@ -44,6 +48,7 @@ class LockService:
         self._host = Host(rendezvous.directory)
         self.files = Files(self._host, journal)
         self._journal = journal
+        self._loop = loop
         self._grants: dict[Connection, float] = {}
         self.patience = Patience(loop, self._tell_waiting, self._time_out)
         if self._host.fileno() >= 0:
@@ -95,14 +100,59 @@ class LockService:
             if operation & LOCK_UN:
                 file.lock.release(description)
                 self._forget_if_unused(file, description)
+                file.unlocking.append(connection)
                 self._settle(file)
-                connection.answer(0)
+                self._answer_unlocked(file)
             else:
                 exclusive = bool(operation & LOCK_EX)
+                if connection.flags & lib.FLAG_CLUSTER:
+                    self._need_lease(file, description)
                 self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
             self._forget_if_unused(file, description)
             connection.refuse(_cannot_lock(error))
+
+    def _need_lease(self, file: File, description: Description) -> None:
+        """Have the file's lock recorded for other hosts. Raises OSError where it has no name that they could know."""
+        if self.files.leases is None:
+            aliveness = Aliveness(self._rendezvous.directory, None)
+            self.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, self._lease_changed, self._lease_failed)
+        path = os.readlink(f"/proc/self/fd/{description.descriptor}")
+        if os.fstat(description.descriptor).st_nlink:
+            self.files.leases.need(file.key, path)
+
+    def _answer_unlocked(self, file: File) -> None:
+        if file.unlocking and not (self.files.leases and self.files.leases.is_pending(file.key)):
+            unlocking, file.unlocking = file.unlocking, []
+            for connection in unlocking:
+                connection.answer(0)
+
+    def _lease_changed(self, key: Key) -> None:
+        file = self.files.get(key)
+        if file is None:
+            if self.files.leases:
+                self.files.leases.give_back(key)
+            return
+        self._retry_undecided(file)
+        if self.files.leases and self.files.leases.is_refused(key):
+            self._decide(file, float("inf"))
+        self._settle(file)
+        self._answer_unlocked(file)
+
+    def _lease_failed(self, key: Key, error: OSError) -> None:
+        file = self.files.get(key)
+        if file is None:
+            return
+        text = f"no lease can be recorded beside the file: {error.strerror}: {error.filename}; --mode host locks this host only"
+        undecided, file.undecided = file.undecided, []
+        for connection, description, _, _ in undecided:
+            description.waits -= 1
+            self._forget_if_unused(file, description)
+            connection.refuse(text)
+        while file.lock.queue:
+            self._refuse_first(file, text)
+        self._settle(file)
+        self._answer_unlocked(file)
 
     def _redirected(self, connection: Connection, file: File, description: Description) -> bool:
         if not self._host.may_be_shared(file.key):
@@ -242,7 +292,12 @@ class LockService:
                 self._serve(file, insist)
                 if file.lock.holders:
                     return
+                leases = self.files.leases
+                if leases and leases.is_pending(file.key):
+                    return
                 if not file.lock.queue:
+                    if leases and not leases.give_back(file.key):
+                        return
                     self._host.release(file.key)
                     if not len(file.descriptions):
                         self.files.pop(file.key, None)
@@ -266,13 +321,16 @@ class LockService:
 
     def _fail_first(self, file: File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""
+        self._refuse_first(file, _cannot_lock(error))
+
+    def _refuse_first(self, file: File, text: str) -> None:
         waiter = file.lock.queue[0]
         connection = waiter.context
         file.lock.withdraw(waiter)
         self.programs.forget(connection)
         self._stop_waiting(connection)
         self._forget_if_unused(file, waiter.owner)
-        connection.refuse(_cannot_lock(error))
+        connection.refuse(text)
 
     # What happens without being asked for
 
@@ -302,6 +360,14 @@ class LockService:
             self._host.recheck()
             self._heed_neighbours()
         self._host.clean()
+        if self.files.leases:
+            self.files.leases.tick()
+
+    def alarm(self, now: float) -> None:
+        """Do what is due."""
+        self.patience.look(now)
+        if self.files.leases:
+            self.files.leases.runner.look(now)
 
     def _look_after_grant(self, connection: Connection) -> None:
         """The program may be stopped: others go on, and it asks again when it is continued."""

@@ -1,0 +1,157 @@
+"""Runs the cluster protocol's generators in the keeper: each operation is done by `lease_worker`, none is waited for."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+
+from flockshim.cluster_ops import Pause, Wait
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from typing import Any
+
+    from flockshim.loop import Loop
+
+MAX_PACKET = 1 << 20
+SOCKET_BYTES = 4 << 20
+FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
+FIRST_POLL, LONGEST_POLL = 0.03, 3.0
+
+
+class Run:
+    """A generator under way, for one directory."""
+
+    __slots__ = ("ended", "generator", "polls", "runner", "waits")
+
+    def __init__(
+        self, runner: Runner, directory: str, generator: Generator[Any, Any, Any], ended: Callable[[Any, Any], None]
+    ) -> None:
+        """`ended` gets (result, None) or (None, OSError)."""
+        self.runner = runner
+        self.generator = generator
+        self.ended = ended
+        self.waits = False
+        self.polls = 0
+
+
+class Runner:
+    """Performs operations by a worker process, and calls back in the loop."""
+
+    def __init__(self, loop: Loop) -> None:
+        """Start no worker before one is needed."""
+        self._loop = loop
+        self._worker: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending: dict[int, tuple[Generator[Any, Any, Any], str, Any]] = {}
+        self._number = 0
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+
+    def run(
+        self,
+        directory: str,
+        generator: Generator[Any, Any, Any],
+        ended: Callable[[Any, OSError | None], None],
+        waiting: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Run a generator to its end; `waiting` is called each time before it waits in the queue."""
+        self._step(generator, directory, (ended, waiting), lambda: next(generator))
+
+    def at(self, when: float, call: Callable[[], None]) -> None:
+        """Have something called once, at monotonic time `when` or soon after."""
+        import heapq
+
+        self._number += 1
+        heapq.heappush(self._timers, (when, self._number, call))
+        self._loop.wake_by(when)
+
+    def look(self, now: float) -> None:
+        """Call what is due: the loop's alarm."""
+        import heapq
+
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2]()
+        if self._timers:
+            self._loop.wake_by(self._timers[0][0])
+
+    def _step(self, generator: Any, directory: str, callbacks: Any, resume: Callable[[], Any]) -> None:
+        ended, waiting = callbacks
+        try:
+            operation = resume()
+        except StopIteration as stop:
+            ended(stop.value, None)
+            return
+        except OSError as error:
+            ended(None, error)
+            return
+        if isinstance(operation, (Pause, Wait)):
+            if isinstance(operation, Wait):
+                waiting()
+            delay = _delay(operation)
+            self.at(
+                time.monotonic() + delay,
+                lambda: self._step(generator, directory, callbacks, lambda: generator.send(None)),
+            )
+            return
+        self._number += 1
+        self._pending[self._number] = (generator, directory, callbacks)
+        packet = json.dumps([self._number, directory, type(operation).__name__, list(operation)]).encode()
+        self._connected().send(packet)
+
+    def _connected(self) -> socket.socket:
+        if self._worker is None:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for end in ours, theirs:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lease_worker.py")
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", script], stdin=theirs.fileno(), cwd="/", env={}
+                )
+            ours.setblocking(False)
+            self._worker = ours
+            self._loop.watch(ours.fileno(), self._receive)
+        return self._worker
+
+    def _receive(self) -> None:
+        assert self._worker
+        try:
+            packet = self._worker.recv(MAX_PACKET)
+        except BlockingIOError:
+            return
+        if not packet:
+            self._lose()
+            return
+        number, result, error = json.loads(packet)
+        generator, directory, callbacks = self._pending.pop(number)
+        if error is None:
+            self._step(generator, directory, callbacks, lambda: generator.send(result))
+        else:
+            failure = OSError(error[0], error[1], error[2])
+            self._step(generator, directory, callbacks, lambda: generator.throw(failure))
+
+    def _lose(self) -> None:
+        """The worker was killed: what it was doing may have been done or not."""
+        assert self._worker and self._process
+        self._loop.unwatch(self._worker.fileno())
+        self._worker.close()
+        self._worker = None
+        self._process.wait()
+        pending, self._pending = self._pending, {}
+        for generator, directory, callbacks in pending.values():
+            failure = OSError(5, "the keeper's lease worker was killed", directory)
+            self._step(generator, directory, callbacks, lambda g=generator, f=failure: g.throw(f))
+
+
+def _delay(operation: Pause | Wait) -> float:
+    if isinstance(operation, Pause):
+        delay = min(LONGEST_PAUSE, FIRST_PAUSE * 2**operation.attempt)
+    else:
+        delay = min(LONGEST_POLL, FIRST_POLL * (1 + 2 * operation.position))
+    return delay * random.uniform(0.5, 1.0)

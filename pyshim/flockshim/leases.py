@@ -1,0 +1,238 @@
+"""The keeper's leases: what its programs' locks need between hosts, by the cluster protocol, without waiting for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from flockshim.cluster import Lease
+from flockshim.cluster_names import LINEAGE_DIGITS
+from flockshim.cluster_vouch import HEARTBEATS, Judge, Voucher
+from flockshim.lease_runner import Runner
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from flockshim.aliveness import Aliveness
+    from flockshim.host import Key
+    from flockshim.loop import Loop
+
+HAND_OVERS = 16
+
+
+def clock() -> float:
+    """Return the seconds of CLOCK_BOOTTIME, which goes on while the machine is suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Directory:
+    """What the leases of one directory share."""
+
+    def __init__(self, path: str, keeper: str, seconds: float, is_dead: Callable[[str], bool | None]) -> None:
+        """`seconds` is the lease time."""
+        self.path = path
+        self.voucher = Voucher(keeper, seconds, clock, lambda: os.urandom(8).hex())
+        self.judge = Judge(seconds, clock, is_dead)
+        self.leases: set[FileLease] = set()
+        self.has_file = False
+        self.vouching = False
+
+
+class FileLease:
+    """The lease of one file."""
+
+    __slots__ = ("busy", "contended", "directory", "hand_overs", "key", "lease", "mode", "since", "wanted")
+
+    def __init__(self, key: Key, directory: Directory, lease: Lease) -> None:
+        """Hold nothing."""
+        self.key = key
+        self.directory = directory
+        self.lease = lease
+        # What is held, and what is wanted: exclusive or not; None: nothing.
+        self.mode: bool | None = None
+        self.wanted: bool | None = None
+        self.busy = False
+        # Somebody else was seen to hold since we began to ask.
+        self.contended = False
+        self.hand_overs = 0
+        self.since = clock()
+
+
+class Leases:
+    """All of one keeper's."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        aliveness: Aliveness,
+        seconds: float,
+        changed: Callable[[Key], None],
+        failed: Callable[[Key, OSError], None],
+    ) -> None:
+        """`changed` is told of a file whose lease was had, given back or found to be held by others."""
+        self.runner = Runner(loop)
+        self._aliveness = aliveness
+        self._seconds = seconds
+        self._changed = changed
+        self._failed = failed
+        self._serial = 0
+        self._directories: dict[str, Directory] = {}
+        self._files: dict[Key, FileLease] = {}
+
+    def need(self, key: Key, path: str) -> None:
+        """From now on locks on this file need a lease. Raises OSError where its name is too long."""
+        if key in self._files:
+            return
+        name = os.path.basename(path)
+        parent = os.path.dirname(path)
+        directory = self._directories.get(parent)
+        if directory is None:
+            directory = Directory(parent, self._aliveness.keeper, self._seconds, self._aliveness.is_dead)
+        lease = Lease(
+            name, self._ticket, lambda: os.urandom(LINEAGE_DIGITS // 2).hex(), directory.judge, directory.voucher
+        )
+        self._directories[parent] = directory
+        self._files[key] = FileLease(key, directory, lease)
+        directory.leases.add(self._files[key])
+
+    def _ticket(self) -> str:
+        self._serial += 1
+        return f"{self._aliveness.keeper}-{self._serial}"
+
+    def permit(self, key: Key, exclusive: bool, blocking: bool) -> bool:
+        """Return whether a lock of this mode may be held now; if not, it is asked for."""
+        lease = self._files.get(key)
+        if lease is None:
+            return True
+        if lease.mode == exclusive and not lease.busy:
+            lease.hand_overs += 1
+            if lease.hand_overs <= HAND_OVERS:
+                return True
+        lease.wanted = exclusive
+        self._advance(lease, blocking)
+        return False
+
+    def is_pending(self, key: Key) -> bool:
+        """Return whether `changed` or `failed` will be called."""
+        lease = self._files.get(key)
+        return lease is not None and lease.busy
+
+    def is_refused(self, key: Key) -> bool:
+        """Return whether others hold what was asked for last."""
+        lease = self._files.get(key)
+        return lease is not None and lease.contended and lease.mode is None
+
+    def give_back(self, key: Key) -> bool:
+        """Nobody needs the lease any more. Returns whether there is none; else `changed` is called when it is given back."""
+        lease = self._files.get(key)
+        if lease is None:
+            return True
+        lease.wanted = None
+        if not lease.busy and lease.mode is None:
+            self._forget(lease)
+            return True
+        if not lease.busy:
+            self._release(lease)
+        return False
+
+    def _forget(self, lease: FileLease) -> None:
+        del self._files[lease.key]
+        lease.directory.leases.discard(lease)
+
+    def _advance(self, lease: FileLease, blocking: bool) -> None:
+        if lease.busy:
+            return
+        if lease.mode is not None:
+            self._release(lease)
+        elif lease.wanted is not None:
+            self._acquire(lease, lease.wanted, blocking)
+
+    def _acquire(self, lease: FileLease, exclusive: bool, blocking: bool) -> None:
+        lease.busy = True
+        lease.contended = False
+        lease.since = clock()
+
+        def ended(granted: bool | None, error: OSError | None) -> None:
+            lease.busy = False
+            if error:
+                self._release(lease, error)
+                return
+            lease.hand_overs = 0
+            if granted:
+                lease.mode = exclusive
+            else:
+                lease.contended = True
+            self._changed(lease.key)
+
+        def waiting() -> None:
+            if not lease.contended:
+                lease.contended = True
+                self._changed(lease.key)
+
+        self.runner.run(lease.directory.path, lease.lease.acquire(exclusive, blocking), ended, waiting)
+
+    def _release(self, lease: FileLease, cause: OSError | None = None) -> None:
+        lease.busy = True
+        lease.mode = None
+
+        def ended(_: None, error: OSError | None) -> None:
+            if error:
+                # Our entry must go, whatever the server does now: others would wait for it for a lease time.
+                self.runner.at(time.monotonic() + 1.0, lambda: self._release(lease))
+            else:
+                lease.busy = False
+            if cause:
+                self._failed(lease.key, cause)
+            elif not error:
+                self._changed(lease.key)
+
+        self.runner.run(lease.directory.path, lease.lease.release(), ended)
+
+    # Vouching
+
+    def tick(self) -> None:
+        """Vouch where something is held or waited for that is older than a heartbeat; stop vouching where nothing is."""
+        heartbeat = self._seconds / HEARTBEATS
+        now = clock()
+        for directory in list(self._directories.values()):
+            entries = [lease for lease in directory.leases if lease.mode is not None or lease.busy]
+            old = any(now - lease.since >= heartbeat for lease in entries)
+            if directory.vouching:
+                continue
+            if old:
+                self._vouch(directory, heartbeat)
+            elif directory.has_file and not entries:
+                self._withdraw(directory)
+            elif not directory.leases:
+                del self._directories[directory.path]
+
+    def _vouch(self, directory: Directory, heartbeat: float) -> None:
+        directory.vouching = directory.has_file = True
+
+        def ended(_: None, error: OSError | None) -> None:
+            directory.vouching = False
+            if not error:
+                for lease in directory.leases:
+                    lease.since = max(lease.since, clock())
+
+        self.runner.run(directory.path, directory.voucher.vouch(), ended)
+
+    def _withdraw(self, directory: Directory) -> None:
+        directory.vouching = True
+
+        def ended(_: None, error: OSError | None) -> None:
+            directory.vouching = False
+            directory.has_file = error is not None
+
+        self.runner.run(directory.path, directory.voucher.withdraw(), ended)
+
+    def is_idle(self) -> bool:
+        """Return whether nothing is held, asked for, or left to be removed."""
+        return not self._files and not any(d.has_file or d.vouching for d in self._directories.values())
+
+    def close(self) -> None:
+        """The keeper leaves."""
+        with contextlib.suppress(OSError):
+            self._aliveness.end()
