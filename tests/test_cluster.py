@@ -16,7 +16,7 @@ import pytest
 from flockshim import cluster_files
 from flockshim.cluster import Lease
 from flockshim.cluster_names import MAX_KEEPER, MAX_SERIAL_DIGITS, MAX_VERSION_DIGITS, Names, StateName
-from flockshim.cluster_ops import Create, Link, Operation, Pause, Wait
+from flockshim.cluster_ops import Create, Link, Operation, Pause, Symlink, Wait
 from flockshim.cluster_state import Entry, State, of_text
 from flockshim.cluster_vouch import GAP, HEARTBEATS, Judge, Voucher
 
@@ -210,6 +210,18 @@ def test_without_hard_links_the_claim_is_a_symbolic_link(directory: Path, number
     assert (directory / CLAIM).is_symlink()
     other = Site(directory, "b")
     assert not other.lock(blocking=False)
+
+
+def test_without_any_links_the_error_is_told_and_nothing_left(directory: Path) -> None:
+    with pytest.raises(PermissionError):
+        Site(directory, "a", fails={Link: errno.EPERM, Symlink: errno.EPERM}).lock()
+    assert names(directory) == []
+
+
+def test_a_birth_takes_five_operations(directory: Path) -> None:
+    site = Site(directory, "a")
+    site.lock()
+    assert [type(op).__name__ for op in site.done] == ["Read", "Create", "Link", "Read", "Rename"]
 
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.ENOSPC, errno.EACCES])

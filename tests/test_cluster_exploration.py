@@ -56,7 +56,6 @@ BOUNDED = {
     "lapse with readers": Case(((S,), (X_NOW,)), Faults(lapse=1)),
     "lost answer": Case(((X,), (S,)), Faults(lost=1)),
     "EIO": Case(((X,), (X,)), Faults(eio=1)),
-    "EIO and old views": Case(((X,), (S_NOW,)), Faults(eio=1, stale_list=1)),
     "old views": Case(((X,), (X,)), Faults(stale_look=2, stale_list=1)),
     "three hosts": Case(((X,), (X,), (X_NOW,)), switches=1),
 }
@@ -134,7 +133,7 @@ def test_all_interleavings_at_length(case: Case) -> None:
 @pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in WALKS.items()])
 def test_three_hosts_at_random(case: Case) -> None:
     start = case.world()
-    for seed in range(20000 if SOAK else 12):
+    for seed in range(20000 if SOAK else 8):
         walk(start, seed)
 
 

@@ -31,6 +31,7 @@ from flockshim.cluster_vouch import Judge, Voucher
 ATTEMPTS = 40
 """How often a claim or state file that must be there is looked for, before that is an error."""
 NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+REFUSALS = (*NO_HARD_LINKS, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
 class Lease:
@@ -199,6 +200,8 @@ class Lease:
         attempt = 0
         while self._state is None:
             lineage = yield from self._claimed()
+            if self._state is not None:
+                break
             names = [self._names.parse(name) for name in (yield List(self._names.claim))]
             states = [
                 n for n in names if isinstance(n, StateName) and n.lineage == lineage and n.version >= self._floor
@@ -324,9 +327,14 @@ class Lease:
         for attempt in range(ATTEMPTS):
             lineage = yield from self._read_claim()
             if lineage is not None:
+                if lineage == own.lineage:
+                    self._learn(own, State(own.version))
                 return lineage
             if failure is not None and failure.errno != errno.EEXIST:
-                # The file stays: it may be claimed all the same.
+                # After any other error the file may be claimed all the same, and stays.
+                if failure.errno in REFUSALS:
+                    with contextlib.suppress(OSError):
+                        yield Unlink(self._names.state(own))
                 raise failure
             yield Pause(attempt)
         raise OSError(errno.ESTALE, "made, but not to be seen", self._names.claim)
