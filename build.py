@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "flockshim.libflockshim"
 
-CLIENT_SOURCES = ["lock", "client", "channel", "start", "rendezvous", "report", "config", "text"]
+CLIENT_SOURCES = ["lock", "client", "channel", "shared", "start", "rendezvous", "report", "config", "text"]
 SHIM_SOURCES = ["flock", *CLIENT_SOURCES, "memory"]
 NATIVE_SOURCES = [
     *CLIENT_SOURCES,
@@ -109,6 +109,7 @@ CDEF = """
     #define KIND_TIMEOUT ...
     #define FLAG_TELL ...
     #define FLAG_CLUSTER ...
+    #define FLAG_ONLY_WARN ...
 
     void config_read(struct config *config, char **environment);
     int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);

@@ -13,6 +13,7 @@
 #include "protocol.h"
 #include "rendezvous.h"
 #include "report.h"
+#include "shared.h"
 #include "start.h"
 #include "syscalls.h"
 #include "text.h"
@@ -262,6 +263,15 @@ static int shall_tell(const struct call *call) {
     return call->blocking && !call->config->quiet && (call->config->verbose || is_terminal(2));
 }
 
+static uint32_t flags_of(const struct call *call) {
+    enum config_mode mode = call->config->mode;
+    int cluster = mode == MODE_CLUSTER ||
+                  (mode == MODE_AUTO && is_shared_file_system(call->request.descriptor));
+
+    return (shall_tell(call) ? FLAG_TELL : 0) | (cluster ? FLAG_CLUSTER : 0) |
+           (call->config->only_warn ? FLAG_ONLY_WARN : 0);
+}
+
 static enum outcome prepare(struct call *call, const struct stat *status, int operation) {
     int descriptor = call->request.descriptor;
 
@@ -275,8 +285,7 @@ static enum outcome prepare(struct call *call, const struct stat *status, int op
                                   .descriptor = descriptor,
                                   .device = status->st_dev,
                                   .inode = status->st_ino,
-                                  .flags = (shall_tell(call) ? FLAG_TELL : 0) |
-                                           (call->config->mode == MODE_CLUSTER ? FLAG_CLUSTER : 0)};
+                                  .flags = flags_of(call)};
     if (call->config->bad) {
         struct text text = text_over(call->answer.text, sizeof call->answer.text);
 

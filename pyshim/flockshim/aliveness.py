@@ -1,4 +1,4 @@
-"""Who is alive in this domain: every keeper has, for life, a kernel lock on a file of its own in the rendezvous directory.
+"""Who is alive in this domain: every keeper has, for life, a kernel lock on a file in the rendezvous directory.
 
 A domain is where such locks are seen: one rendezvous directory, until the host is started again. No pid is judged.
 """
@@ -17,14 +17,10 @@ OWN_DIGITS = 12
 class Aliveness:
     """This keeper's name, and its judgement of the other keepers of its domain."""
 
-    def __init__(self, directory: str, adopted: int | None) -> None:
-        """Begin to be alive, or go on as the keeper that `adopted`, a descriptor of its file, was of. Raises OSError."""
+    def __init__(self, directory: str) -> None:
+        """Begin to be alive. Raises OSError."""
         self._directory = directory
         self.domain = _domain(directory)
-        if adopted is not None:
-            self.keeper = os.path.basename(os.readlink(f"/proc/self/fd/{adopted}"))[2:]
-            self.descriptor = adopted
-            return
         self.keeper = self.domain + os.urandom(OWN_DIGITS // 2).hex()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self.descriptor = os.open(self._path(self.keeper), flags, 0o600)
@@ -56,6 +52,12 @@ class Aliveness:
         """The keeper leaves, and has no entry anywhere."""
         with contextlib.suppress(OSError):
             os.unlink(self._path(self.keeper))
+
+
+def keeper_of_path(path: str, directory: str) -> str | None:
+    """Return whose file in `directory` this is, or None if it is nobody's."""
+    prefix = f"{directory}/a-"
+    return path[len(prefix) :] if path.startswith(prefix) and "/" not in path[len(prefix) :] else None
 
 
 def _domain(directory: str) -> str:

@@ -22,7 +22,10 @@ they fail.
 
   --mode MODE        what a failing lock call becomes:
                        host     a lock between your programs on this host
-                       auto     the safest there is, now host (default)
+                       cluster  that, and a lease recorded beside the file:
+                                between all hosts that share it
+                       auto     cluster on network and FUSE file systems,
+                                host on others (default)
                        success  success, without any protection
                        fail     the error, as without flockshim
   --errno LIST       errnos that mean "cannot lock", names or numbers
@@ -39,6 +42,8 @@ they fail.
     --inherit        what COMMAND has left running keeps the lock
   --timeout SECONDS  wait no longer for --lock (then exit with status 75), nor
                      for a lock inside COMMAND (whose call then fails)
+  --on-lost kill|warn
+                     what a lost cluster lease does to its holder (default kill)
   --locks [PATH...]  show who holds and who waits for locks on this host
   --check [DIR]      try what DIR's file system can lock, and say what to do
   --json             --locks and --check for programs
@@ -49,8 +54,9 @@ they fail.
   --version, --help
 
 The variables FLOCKSHIM_MODE, FLOCKSHIM_ERRNO, FLOCKSHIM_FORCE=1,
-FLOCKSHIM_SIMULATE, FLOCKSHIM_TIMEOUT, FLOCKSHIM_QUIET=1 and FLOCKSHIM_VERBOSE=1
-say the same; an option wins over its variable.
+FLOCKSHIM_SIMULATE, FLOCKSHIM_TIMEOUT, FLOCKSHIM_ON_LOST, FLOCKSHIM_QUIET=1 and
+FLOCKSHIM_VERBOSE=1 say the same; an option wins over its variable.
+FLOCKSHIM_LEASE is the lease time in seconds (default 90), the same on all hosts.
 
 The exit status is COMMAND's own, or 125 if flockshim fails (also when it cannot
 protect COMMAND), 126 if COMMAND cannot be executed, 127 if it is not found, 75
@@ -65,7 +71,7 @@ NOT_FOUND = 127
 
 CHECK_SECONDS = 5.0
 
-WITH_VALUE = ("mode", "errno", "simulate", "timeout", "lock")
+WITH_VALUE = ("mode", "errno", "simulate", "timeout", "on-lost", "lock")
 FLAGS = (
     "force",
     "quiet",
@@ -173,7 +179,9 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
     if not printing and not command:
         raise FlockshimError("no COMMAND given: see flockshim --help")
     lock = _take_lock_options(options, printing)
-    environ = launch.environment(_own_environment(), **options)  # type: ignore[arg-type]
+    environ = launch.environment(
+        _own_environment(), **{name.replace("-", "_"): value for name, value in options.items()}
+    )  # type: ignore[arg-type]
     if printing:
         _warn(environ)
         _print(_exports(environ))

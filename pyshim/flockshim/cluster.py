@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+from collections.abc import Collection
 from typing import Callable
 
 from flockshim import cluster_state
@@ -133,6 +134,14 @@ class Lease:
             if not self._must_confirm(own):
                 return True
             yield from self._change(state.renewed(own.ticket, self._ticket()))
+
+    def adopt(self, keepers: Collection[str]) -> Protocol[bool]:
+        """Take over what keepers of these names have, which this one succeeds. Returns whether we hold now."""
+        state = yield from self.refresh()
+        for entry in state.entries():
+            if keeper_of(entry.ticket) in keepers:
+                self._made[entry.ticket] = float("-inf")
+        return (yield from self.confirm())
 
     def refresh(self) -> Protocol[State]:
         """Return the state, read again: whether anybody waits, say."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class Description:
     """An open file description, by the keeper's duplicate, and where it was last seen open."""
 
-    __slots__ = ("descriptor", "key", "number", "pid", "since", "taker", "waits")
+    __slots__ = ("descriptor", "key", "number", "only_warn", "pid", "since", "taker", "waits")
 
     def __init__(self, descriptor: int, key: Key, pid: int, number: int) -> None:
         """`number` is the descriptor's number in process `pid`."""
@@ -28,6 +28,7 @@ class Description:
         # While the lock is held: since when (seconds since the epoch), and the process that took it.
         self.since = 0.0
         self.taker = 0
+        self.only_warn = False
 
     def is_where_it_was(self) -> bool:
         """Return whether it is still open where it was last seen."""

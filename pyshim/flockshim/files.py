@@ -84,4 +84,5 @@ class Files(dict["Key", File]):
             description.taker,
             description.number,
             description.since,
+            self.leases is not None and self.leases.knows(description.key),
         )

@@ -1,4 +1,4 @@
-"""Runs the cluster protocol's generators in the keeper: each operation is done by `lease_worker`, none is waited for."""
+"""Runs the cluster protocol's generators in the keeper; `lease_worker` does the operations, and none is waited for."""
 
 from __future__ import annotations
 

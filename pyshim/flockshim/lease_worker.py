@@ -1,8 +1,9 @@
 """Performs the file operations of cluster mode for a keeper, which must never wait for a file server.
 
-Started as ``python -I -S lease_worker.py``, with one end of a SOCK_SEQPACKET pair as standard input. A request is a list:
-its number, the directory, the name of the operation (`cluster_ops`), its arguments. An answer: the number, the result,
-and the errno, if any, with its text and file. Each is performed in a thread of its own: one that hangs holds up no other.
+Started as ``python -I -S lease_worker.py``, with one end of a SOCK_SEQPACKET pair as standard input. A request is a
+list: its number, the directory, the name of the operation (`cluster_ops`), its arguments. An answer: the number, the
+result, and the errno, if any, with its text and file. Each is performed in a thread of its own: one that hangs holds up
+no other.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from flockshim.aliveness import Aliveness
+    from flockshim.cluster_ops import Protocol
     from flockshim.host import Key
     from flockshim.loop import Loop
 
@@ -60,6 +61,30 @@ class FileLease:
         self.since = clock()
 
 
+class Told:
+    """What is told of a file's lease."""
+
+    def changed(self, key: Key) -> None:
+        """It was had, given back, or found to be held by others."""
+        raise NotImplementedError
+
+    def failed(self, key: Key, error: OSError) -> None:
+        """It cannot be had."""
+        raise NotImplementedError
+
+    def doubted(self, key: Key) -> None:
+        """Others may soon think us dead: nobody may go on before `trusted`."""
+        raise NotImplementedError
+
+    def trusted(self, key: Key) -> None:
+        """It is ours, and was all the time."""
+        raise NotImplementedError
+
+    def lost(self, key: Key) -> None:
+        """Others have thought us dead, and have it."""
+        raise NotImplementedError
+
+
 class Leases:
     """All of one keeper's."""
 
@@ -68,15 +93,16 @@ class Leases:
         loop: Loop,
         aliveness: Aliveness,
         seconds: float,
-        changed: Callable[[Key], None],
-        failed: Callable[[Key, OSError], None],
+        told: Told,
+        predecessors: dict[str, int],
     ) -> None:
-        """`changed` is told of a file whose lease was had, given back or found to be held by others."""
+        """`predecessors` are the keepers that this one succeeds, by the descriptors that keep them alive."""
         self.runner = Runner(loop)
         self._aliveness = aliveness
         self._seconds = seconds
-        self._changed = changed
-        self._failed = failed
+        self._told = told
+        self._predecessors = predecessors
+        self._adopting = 0
         self._serial = 0
         self._directories: dict[str, Directory] = {}
         self._files: dict[Key, FileLease] = {}
@@ -96,6 +122,52 @@ class Leases:
         self._directories[parent] = directory
         self._files[key] = FileLease(key, directory, lease)
         directory.leases.add(self._files[key])
+
+    def knows(self, key: Key) -> bool:
+        """Return whether locks on this file need a lease."""
+        return key in self._files
+
+    def adopt(self, key: Key, path: str, exclusive: bool) -> None:
+        """Take over the lease of a file that is locked, from the predecessors."""
+        self.need(key, path)
+        lease = self._files[key]
+        if lease.mode is None:
+            lease.mode = exclusive
+            self._adopting += 1
+            self._confirm(lease, lambda: lease.lease.adopt(self._predecessors))
+        lease.mode = lease.mode or exclusive
+
+    def _adopted(self) -> None:
+        self._adopting -= 1
+        if not self._adopting:
+            for keeper, descriptor in self._predecessors.items():
+                for directory in self._directories.values():
+                    left = Voucher(keeper, self._seconds, clock, str)
+                    self.runner.run(directory.path, left.withdraw(), lambda *_: None)
+                os.close(descriptor)
+            self._predecessors = {}
+
+    def _confirm(self, lease: FileLease, protocol: Callable[[], Protocol[bool]]) -> None:
+        """Make sure that we hold; nobody goes on before. Until the server answers it is tried again."""
+        lease.busy = True
+        self._told.doubted(lease.key)
+
+        def ended(held: bool | None, error: OSError | None) -> None:
+            if error:
+                self.runner.at(time.monotonic() + 1.0, lambda: self._confirm(lease, protocol))
+                return
+            lease.busy = False
+            lease.since = clock()
+            if self._adopting:
+                self._adopted()
+            if held:
+                self._told.trusted(lease.key)
+            else:
+                lease.mode = None
+                self._told.lost(lease.key)
+            self._told.changed(lease.key)
+
+        self.runner.run(lease.directory.path, protocol(), ended)
 
     def _ticket(self) -> str:
         self._serial += 1
@@ -125,7 +197,7 @@ class Leases:
         return lease is not None and lease.contended and lease.mode is None
 
     def give_back(self, key: Key) -> bool:
-        """Nobody needs the lease any more. Returns whether there is none; else `changed` is called when it is given back."""
+        """Nobody needs the lease any more. Returns whether there is none; else `changed` is called when that is so."""
         lease = self._files.get(key)
         if lease is None:
             return True
@@ -164,12 +236,12 @@ class Leases:
                 lease.mode = exclusive
             else:
                 lease.contended = True
-            self._changed(lease.key)
+            self._told.changed(lease.key)
 
         def waiting() -> None:
             if not lease.contended:
                 lease.contended = True
-                self._changed(lease.key)
+                self._told.changed(lease.key)
 
         self.runner.run(lease.directory.path, lease.lease.acquire(exclusive, blocking), ended, waiting)
 
@@ -184,18 +256,21 @@ class Leases:
             else:
                 lease.busy = False
             if cause:
-                self._failed(lease.key, cause)
+                self._told.failed(lease.key, cause)
             elif not error:
-                self._changed(lease.key)
+                self._told.changed(lease.key)
 
         self.runner.run(lease.directory.path, lease.lease.release(), ended)
 
     # Vouching
 
     def tick(self) -> None:
-        """Vouch where something is held or waited for that is older than a heartbeat; stop vouching where nothing is."""
+        """Vouch where something is held or waited for longer than a heartbeat; stop vouching where nothing is."""
         heartbeat = self._seconds / HEARTBEATS
         now = clock()
+        for lease in list(self._files.values()):
+            if lease.mode is not None and not lease.busy and not lease.lease.still_mine(now):
+                self._confirm(lease, lease.lease.confirm)
         for directory in list(self._directories.values()):
             entries = [lease for lease in directory.leases if lease.mode is not None or lease.busy]
             old = any(now - lease.since >= heartbeat for lease in entries)

@@ -10,10 +10,11 @@ import time
 
 from flockshim import holders, listing
 from flockshim._native import lib
-from flockshim.descriptions import Description, Processes, closed
 from flockshim.aliveness import Aliveness
+from flockshim.descriptions import Description, Processes, closed
 from flockshim.files import File, Files
 from flockshim.host import Host, Key
+from flockshim.lease_news import LeaseNews
 from flockshim.leases import Leases
 from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
@@ -55,21 +56,27 @@ class LockService:
             # Before programs: what a neighbour did before a program asked must be known by then.
             loop.watch(self._host.fileno(), self._heed_neighbours, first=True)
 
-    def adopt(self, held: list[int], proxies: dict[Key, int]) -> None:
-        """Take over from a keeper that has died: descriptors of held locks, and of proxies."""
+    def adopt(self, held: list[int], proxies: dict[Key, int], predecessors: dict[str, int]) -> None:
+        """Take over from a keeper that has died: descriptors of held locks, of proxies, and of its being alive."""
+        self._predecessors = predecessors
         for descriptor in held:
             entry = self._journal.read(descriptor)
             assert entry
-            exclusive, device, inode, pid, number, since = entry
+            exclusive, device, inode, pid, number, since, leased = entry
             description = Description(descriptor, (device, inode), pid, number)
             description.taker, description.since = pid, since
             file = self.files.of(description.key)
             file.descriptions.add(description)
             file.lock.adopt(description, exclusive)
             self.processes.add(pid, description)
+            if leased:
+                self._adopt_lease(file, description, exclusive)
         needed = self.files.needed()
         for key, descriptor in proxies.items():
             self._host.adopt(key, descriptor, needed.get(key))
+        if not self.files.leases:
+            for descriptor in predecessors.values():
+                os.close(descriptor)
         # What is held must be locked, whatever has become of its proxy.
         self._host.restore(needed)
 
@@ -99,60 +106,42 @@ class LockService:
                 return
             if operation & LOCK_UN:
                 file.lock.release(description)
-                self._forget_if_unused(file, description)
+                self.forget_if_unused(file, description)
                 file.unlocking.append(connection)
-                self._settle(file)
-                self._answer_unlocked(file)
+                self.settle(file)
+                self.answer_unlocked(file)
             else:
                 exclusive = bool(operation & LOCK_EX)
                 if connection.flags & lib.FLAG_CLUSTER:
                     self._need_lease(file, description)
+                    description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
                 self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
-            self._forget_if_unused(file, description)
+            self.forget_if_unused(file, description)
             connection.refuse(_cannot_lock(error))
 
     def _need_lease(self, file: File, description: Description) -> None:
         """Have the file's lock recorded for other hosts. Raises OSError where it has no name that they could know."""
-        if self.files.leases is None:
-            aliveness = Aliveness(self._rendezvous.directory, None)
-            self.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, self._lease_changed, self._lease_failed)
-        path = os.readlink(f"/proc/self/fd/{description.descriptor}")
         if os.fstat(description.descriptor).st_nlink:
-            self.files.leases.need(file.key, path)
+            path = os.readlink(f"/proc/self/fd/{description.descriptor}")
+            self._leases({}).need(file.key, path)
 
-    def _answer_unlocked(self, file: File) -> None:
+    def _adopt_lease(self, file: File, description: Description, exclusive: bool) -> None:
+        path = os.readlink(f"/proc/self/fd/{description.descriptor}")
+        self._leases(self._predecessors).adopt(file.key, path, exclusive)
+
+    def _leases(self, predecessors: dict[str, int]) -> Leases:
+        if self.files.leases is None:
+            aliveness = Aliveness(self._rendezvous.directory)
+            self.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, LeaseNews(self), predecessors)
+        return self.files.leases
+
+    def answer_unlocked(self, file: File) -> None:
+        """Answer those who have unlocked, unless the lease is still to be given back."""
         if file.unlocking and not (self.files.leases and self.files.leases.is_pending(file.key)):
             unlocking, file.unlocking = file.unlocking, []
             for connection in unlocking:
                 connection.answer(0)
-
-    def _lease_changed(self, key: Key) -> None:
-        file = self.files.get(key)
-        if file is None:
-            if self.files.leases:
-                self.files.leases.give_back(key)
-            return
-        self._retry_undecided(file)
-        if self.files.leases and self.files.leases.is_refused(key):
-            self._decide(file, float("inf"))
-        self._settle(file)
-        self._answer_unlocked(file)
-
-    def _lease_failed(self, key: Key, error: OSError) -> None:
-        file = self.files.get(key)
-        if file is None:
-            return
-        text = f"no lease can be recorded beside the file: {error.strerror}: {error.filename}; --mode host locks this host only"
-        undecided, file.undecided = file.undecided, []
-        for connection, description, _, _ in undecided:
-            description.waits -= 1
-            self._forget_if_unused(file, description)
-            connection.refuse(text)
-        while file.lock.queue:
-            self._refuse_first(file, text)
-        self._settle(file)
-        self._answer_unlocked(file)
 
     def _redirected(self, connection: Connection, file: File, description: Description) -> bool:
         if not self._host.may_be_shared(file.key):
@@ -160,8 +149,8 @@ class LockService:
         key = self._rendezvous.keeper_of(description.descriptor)
         if key is None:
             return False
-        self._forget_if_unused(file, description)
-        self._settle(file)
+        self.forget_if_unused(file, description)
+        self.settle(file)
         connection.redirect(key)
         return True
 
@@ -175,23 +164,23 @@ class LockService:
             self.processes.add(connection.pid, description)
             self._confirm(description)
             if file.lock.queue:
-                self._settle(file)
+                self.settle(file)
             connection.answer(0)
         elif outcome == REFUSED:
             if self._is_refused(file, description, exclusive):
-                self._forget_if_unused(file, description)
+                self.forget_if_unused(file, description)
                 connection.answer(errno.EWOULDBLOCK)
             else:
                 description.waits += 1
                 limit = time.monotonic() + UNDECIDED_SECONDS
                 file.undecided.append((connection, description, exclusive, limit))
-            self._settle(file)
+            self.settle(file)
         else:
             description.waits += 1
             connection.waiter = file.lock.queue[-1]
             self.programs.hold(connection)
             self.processes.add(connection.pid, connection)
-            self._settle(file)
+            self.settle(file)
             if connection.waiter:
                 self.patience.begin(connection)
 
@@ -209,8 +198,8 @@ class LockService:
         file = self.files[waiter.owner.key]
         file.lock.withdraw(waiter)
         self._stop_waiting(connection)
-        self._forget_if_unused(file, waiter.owner)
-        self._settle(file)
+        self.forget_if_unused(file, waiter.owner)
+        self.settle(file)
 
     def taken(self, connection: Connection) -> None:
         """A grant has reached its program."""
@@ -219,7 +208,7 @@ class LockService:
         del self._grants[connection]
         file = self.files.get(description.key) if description else None
         if file and file.undecided:
-            self._retry_undecided(file)
+            self.retry_undecided(file)
 
     def _confirm(self, description: Description) -> None:
         """Who asks again for what it was granted has lost its connection, not its interest."""
@@ -231,10 +220,10 @@ class LockService:
         description = connection.granted
         file = self.files.get(description.key) if description else None
         if file and description and file.lock.release(description):
-            self._forget_if_unused(file, description)
+            self.forget_if_unused(file, description)
         self.taken(connection)
         if file:
-            self._settle(file)
+            self.settle(file)
 
     def _stop_waiting(self, connection: Connection) -> None:
         assert connection.waiter
@@ -264,7 +253,7 @@ class LockService:
 
     # What holds, and what follows
 
-    def _forget_if_unused(self, file: File, description: Description) -> None:
+    def forget_if_unused(self, file: File, description: Description) -> None:
         """Close the duplicate of a description that neither holds nor waits."""
         if description not in file.lock.holders and not description.waits:
             self.processes.discard(description.pid, description)
@@ -277,7 +266,7 @@ class LockService:
         for description in closed(holders):
             file = self.files[description.key]
             file.lock.release(description)
-            self._forget_if_unused(file, description)
+            self.forget_if_unused(file, description)
             released.append(file)
         for description, pid in zip(holders, places):
             if description.pid != pid:
@@ -285,7 +274,7 @@ class LockService:
                 self.processes.add(description.pid, description)
         return released
 
-    def _settle(self, file: File, insist: bool = False) -> None:
+    def settle(self, file: File, insist: bool = False) -> None:
         """Serve those who wait, and hold the host's lock for this file exactly as long as it is needed."""
         while True:
             try:
@@ -321,15 +310,16 @@ class LockService:
 
     def _fail_first(self, file: File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""
-        self._refuse_first(file, _cannot_lock(error))
+        self.refuse_first(file, _cannot_lock(error))
 
-    def _refuse_first(self, file: File, text: str) -> None:
+    def refuse_first(self, file: File, text: str) -> None:
+        """Refuse whoever is first in line."""
         waiter = file.lock.queue[0]
         connection = waiter.context
         file.lock.withdraw(waiter)
         self.programs.forget(connection)
         self._stop_waiting(connection)
-        self._forget_if_unused(file, waiter.owner)
+        self.forget_if_unused(file, waiter.owner)
         connection.refuse(text)
 
     # What happens without being asked for
@@ -345,7 +335,7 @@ class LockService:
                 lib.native_close(interest.descriptor)
         orphans = [i for i in ended if isinstance(i, Description) and self.files.holds(i)]
         for file in self._check_holders(orphans):
-            self._settle(file)
+            self.settle(file)
 
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptions closed without unlocking."""
@@ -354,8 +344,8 @@ class LockService:
             if now - since >= GRANT_SECONDS:
                 self._look_after_grant(connection)
         for file in list(self.files.values()):
-            self._settle(file, insist=True)
-            self._decide(file, now)
+            self.settle(file, insist=True)
+            self.decide(file, now)
         if self._host.fileno() < 0:
             self._host.recheck()
             self._heed_neighbours()
@@ -381,7 +371,7 @@ class LockService:
     def write_list(self, descriptor: int) -> None:
         """Write who holds and who waits into a file; see `listing`."""
         for file in self._check_holders(self.files.holders()):
-            self._settle(file)
+            self.settle(file)
         listing.write(list(self.files.values()), descriptor)
 
     def close(self) -> None:
@@ -398,13 +388,13 @@ class LockService:
             file = self.files.get(key)
             if file:
                 self._check_holders(list(file.lock.holders))
-                self._settle(file)
+                self.settle(file)
             host.acknowledge(key, self._describe(file) if file and file.lock.holders else "")
         while host.freed:
             file = self.files.get(host.freed.pop())
             if file:
-                self._retry_undecided(file)
-                self._settle(file)
+                self.retry_undecided(file)
+                self.settle(file)
         while host.opened:
             key = host.opened.pop()
             if key not in self.files:
@@ -412,9 +402,10 @@ class LockService:
         while host.answered:
             file = self.files.get(host.answered.pop())
             if file:
-                self._decide(file, float("inf"))
+                self.decide(file, float("inf"))
 
-    def _retry_undecided(self, file: File) -> None:
+    def retry_undecided(self, file: File) -> None:
+        """Decide about non-blocking requests what can be decided now."""
         undecided, file.undecided = file.undecided, []
         for item in undecided:
             connection, description, exclusive, _ = item
@@ -425,7 +416,7 @@ class LockService:
             else:
                 file.undecided.append(item)
 
-    def _decide(self, file: File, now: float) -> None:
+    def decide(self, file: File, now: float) -> None:
         """Refuse the requests whose time is up: the other keeper's holder is alive, or that keeper is stopped."""
         undecided, file.undecided = file.undecided, []
         for item in undecided:
@@ -435,12 +426,12 @@ class LockService:
             else:
                 file.undecided.append(item)
         if undecided:
-            self._settle(file)
+            self.settle(file)
 
     def _conclude(self, file: File, connection: Connection, description: Description, error: int) -> None:
         description.waits -= 1
         if error:
-            self._forget_if_unused(file, description)
+            self.forget_if_unused(file, description)
         else:
             self.processes.add(connection.pid, description)
         connection.answer(error)
