@@ -11,6 +11,10 @@ import sys
 
 from flockshim import FlockshimError, __version__, launch
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 HELP = """\
 usage: flockshim [OPTION...] [--] COMMAND [ARG...]
        flockshim [OPTION...] --env
@@ -179,9 +183,8 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
     if not printing and not command:
         raise FlockshimError("no COMMAND given: see flockshim --help")
     lock = _take_lock_options(options, printing)
-    environ = launch.environment(
-        _own_environment(), **{name.replace("-", "_"): value for name, value in options.items()}
-    )  # type: ignore[arg-type]
+    settings: "dict[str, Any]" = {name.replace("-", "_"): value for name, value in options.items()}
+    environ = launch.environment(_own_environment(), **settings)
     if printing:
         _warn(environ)
         _print(_exports(environ))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import heapq
 import json
 import os
 import random
@@ -23,22 +26,6 @@ MAX_PACKET = 1 << 20
 SOCKET_BYTES = 4 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
 FIRST_POLL, LONGEST_POLL = 0.03, 3.0
-
-
-class Run:
-    """A generator under way, for one directory."""
-
-    __slots__ = ("ended", "generator", "polls", "runner", "waits")
-
-    def __init__(
-        self, runner: Runner, directory: str, generator: Generator[Any, Any, Any], ended: Callable[[Any, Any], None]
-    ) -> None:
-        """`ended` gets (result, None) or (None, OSError)."""
-        self.runner = runner
-        self.generator = generator
-        self.ended = ended
-        self.waits = False
-        self.polls = 0
 
 
 class Runner:
@@ -65,16 +52,12 @@ class Runner:
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Have something called once, at monotonic time `when` or soon after."""
-        import heapq
-
         self._number += 1
         heapq.heappush(self._timers, (when, self._number, call))
         self._loop.wake_by(when)
 
     def look(self, now: float) -> None:
         """Call what is due: the loop's alarm."""
-        import heapq
-
         while self._timers and self._timers[0][0] <= now:
             heapq.heappop(self._timers)[2]()
         if self._timers:
@@ -145,13 +128,13 @@ class Runner:
         self._process.wait()
         pending, self._pending = self._pending, {}
         for generator, directory, callbacks in pending.values():
-            failure = OSError(5, "the keeper's lease worker was killed", directory)
-            self._step(generator, directory, callbacks, lambda g=generator, f=failure: g.throw(f))
+            failure = OSError(errno.EIO, "the keeper's lease worker was killed", directory)
+            self._step(generator, directory, callbacks, functools.partial(generator.throw, failure))
 
 
 def _delay(operation: Pause | Wait) -> float:
     if isinstance(operation, Pause):
-        delay = min(LONGEST_PAUSE, FIRST_PAUSE * 2**operation.attempt)
+        delay = min(LONGEST_PAUSE, FIRST_PAUSE * (1 << min(operation.attempt, 20)))
     else:
         delay = min(LONGEST_POLL, FIRST_POLL * (1 + 2 * operation.position))
     return delay * random.uniform(0.5, 1.0)
