@@ -183,7 +183,7 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
     if not printing and not command:
         raise FlockshimError("no COMMAND given: see flockshim --help")
     lock = _take_lock_options(options, printing)
-    settings: "dict[str, Any]" = {name.replace("-", "_"): value for name, value in options.items()}
+    settings: dict[str, Any] = {name.replace("-", "_"): value for name, value in options.items()}
     environ = launch.environment(_own_environment(), **settings)
     if printing:
         _warn(environ)

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from flockshim.lockservice import LockService
 
 
+def cannot_lease(error: OSError) -> str:
+    """Return the line that says why there can be no lease, and what to do."""
+    return f"no lease can be recorded beside the file: {error.strerror}: {error.filename}; use --mode host"
+
+
 class LeaseNews(Told):
     """Tells a lock service."""
 
@@ -45,7 +50,7 @@ class LeaseNews(Told):
         file = service.files.get(key)
         if file is None:
             return
-        text = f"no lease can be recorded beside the file: {error.strerror}: {error.filename}; use --mode host"
+        text = cannot_lease(error)
         undecided, file.undecided = file.undecided, []
         for connection, description, _, _ in undecided:
             description.waits -= 1

@@ -14,7 +14,7 @@ from flockshim.aliveness import Aliveness
 from flockshim.descriptions import Description, Processes, closed
 from flockshim.files import File, Files
 from flockshim.host import Host, Key
-from flockshim.lease_news import LeaseNews
+from flockshim.lease_news import LeaseNews, cannot_lease
 from flockshim.leases import Leases
 from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
@@ -112,19 +112,26 @@ class LockService:
                 self.answer_unlocked(file)
             else:
                 exclusive = bool(operation & LOCK_EX)
-                if connection.flags & lib.FLAG_CLUSTER:
-                    self._need_lease(file, description)
-                    description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
+                if connection.flags & lib.FLAG_CLUSTER and not self._leased(connection, file, description):
+                    return
                 self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
             self.forget_if_unused(file, description)
             connection.refuse(_cannot_lock(error))
 
-    def _need_lease(self, file: File, description: Description) -> None:
-        """Have the file's lock recorded for other hosts. Raises OSError where it has no name that they could know."""
-        if os.fstat(description.descriptor).st_nlink:
-            path = os.readlink(f"/proc/self/fd/{description.descriptor}")
-            self._leases({}).need(file.key, path)
+    def _leased(self, connection: Connection, file: File, description: Description) -> bool:
+        """Have the file's lock recorded for other hosts; refuse the program where that is impossible."""
+        description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
+        try:
+            # What has no name any more no other host can open.
+            if os.fstat(description.descriptor).st_nlink:
+                self._leases({}).need(file.key, os.readlink(f"/proc/self/fd/{description.descriptor}"))
+            return True
+        except OSError as error:
+            self.forget_if_unused(file, description)
+            self.settle(file)
+            connection.refuse(cannot_lease(error))
+            return False
 
     def _adopt_lease(self, file: File, description: Description, exclusive: bool) -> None:
         path = os.readlink(f"/proc/self/fd/{description.descriptor}")
