@@ -48,6 +48,8 @@ def _perform(peer: socket.socket, number: int, directory: str, name: str, argume
 
 def main() -> None:
     """Serve until the keeper has closed its end."""
+    # Other users of the directory may have to see who holds.
+    os.umask(0o022)
     peer = socket.socket(fileno=0)
     while True:
         packet = peer.recv(MAX_PACKET)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
@@ -111,8 +112,10 @@ class Leases:
         """From now on locks on this file need a lease. Raises OSError where its name is too long."""
         if key in self._files:
             return
-        name = os.path.basename(path)
-        parent = os.path.dirname(path)
+        parent, name = os.path.split(path)
+        # Beside the root of a mount nobody looks who has mounted it elsewhere.
+        if os.stat(parent).st_dev != key[0]:
+            raise OSError(errno.EXDEV, "it is the root of a mount", path)
         directory = self._directories.get(parent)
         if directory is None:
             directory = Directory(parent, self._aliveness.keeper, self._seconds, self._aliveness.is_dead)

@@ -10,16 +10,15 @@ import time
 
 from flockshim import holders, listing
 from flockshim._native import lib
-from flockshim.aliveness import Aliveness
 from flockshim.descriptions import Description, Processes, closed
 from flockshim.files import File, Files
 from flockshim.host import Host, Key
-from flockshim.lease_news import LeaseNews, cannot_lease
-from flockshim.leases import Leases
+from flockshim.leasing import Leasing
 from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
 from flockshim.patience import Patience
 from flockshim.programs import Connection
+from flockshim.undecided import GRANT_SECONDS, Undecided
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from flockshim.rendezvous import Rendezvous
 
 UNKNOWN = "a program of another job"
-GRANT_SECONDS = 2.0
-LEASE_SECONDS = float(os.environ.get("FLOCKSHIM_LEASE") or 90.0)
-UNDECIDED_SECONDS = GRANT_SECONDS + 2 * TICK_SECONDS
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
@@ -49,7 +45,8 @@ class LockService:
         self._host = Host(rendezvous.directory)
         self.files = Files(self._host, journal)
         self._journal = journal
-        self._loop = loop
+        self.undecided = Undecided(self)
+        self.leasing = Leasing(self, loop, rendezvous.directory)
         self._grants: dict[Connection, float] = {}
         self.patience = Patience(loop, self._tell_waiting, self._time_out)
         if self._host.fileno() >= 0:
@@ -58,7 +55,6 @@ class LockService:
 
     def adopt(self, held: list[int], proxies: dict[Key, int], predecessors: dict[str, int]) -> None:
         """Take over from a keeper that has died: descriptors of held locks, of proxies, and of its being alive."""
-        self._predecessors = predecessors
         for descriptor in held:
             entry = self._journal.read(descriptor)
             assert entry
@@ -70,7 +66,7 @@ class LockService:
             file.lock.adopt(description, exclusive)
             self.processes.add(pid, description)
             if leased:
-                self._adopt_lease(file, description, exclusive)
+                self.leasing.adopt(file, description, exclusive, predecessors)
         needed = self.files.needed()
         for key, descriptor in proxies.items():
             self._host.adopt(key, descriptor, needed.get(key))
@@ -112,36 +108,12 @@ class LockService:
                 self.answer_unlocked(file)
             else:
                 exclusive = bool(operation & LOCK_EX)
-                if connection.flags & lib.FLAG_CLUSTER and not self._leased(connection, file, description):
+                if connection.flags & lib.FLAG_CLUSTER and not self.leasing.need(connection, file, description):
                     return
                 self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
             self.forget_if_unused(file, description)
             connection.refuse(_cannot_lock(error))
-
-    def _leased(self, connection: Connection, file: File, description: Description) -> bool:
-        """Have the file's lock recorded for other hosts; refuse the program where that is impossible."""
-        description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
-        try:
-            # What has no name any more no other host can open.
-            if os.fstat(description.descriptor).st_nlink:
-                self._leases({}).need(file.key, os.readlink(f"/proc/self/fd/{description.descriptor}"))
-            return True
-        except OSError as error:
-            self.forget_if_unused(file, description)
-            self.settle(file)
-            connection.refuse(cannot_lease(error))
-            return False
-
-    def _adopt_lease(self, file: File, description: Description, exclusive: bool) -> None:
-        path = os.readlink(f"/proc/self/fd/{description.descriptor}")
-        self._leases(self._predecessors).adopt(file.key, path, exclusive)
-
-    def _leases(self, predecessors: dict[str, int]) -> Leases:
-        if self.files.leases is None:
-            aliveness = Aliveness(self._rendezvous.directory)
-            self.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, LeaseNews(self), predecessors)
-        return self.files.leases
 
     def answer_unlocked(self, file: File) -> None:
         """Answer those who have unlocked, unless the lease is still to be given back."""
@@ -174,13 +146,11 @@ class LockService:
                 self.settle(file)
             connection.answer(0)
         elif outcome == REFUSED:
-            if self._is_refused(file, description, exclusive):
+            if self.is_refused(file, description, exclusive):
                 self.forget_if_unused(file, description)
                 connection.answer(errno.EWOULDBLOCK)
             else:
-                description.waits += 1
-                limit = time.monotonic() + UNDECIDED_SECONDS
-                file.undecided.append((connection, description, exclusive, limit))
+                self.undecided.add(file, connection, description, exclusive)
             self.settle(file)
         else:
             description.waits += 1
@@ -191,7 +161,7 @@ class LockService:
             if connection.waiter:
                 self.patience.begin(connection)
 
-    def _is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
+    def is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
         """Return whether a holder of ours is in the way, and surely holds."""
         unsure = {connection.granted for connection in self._grants}
         return file.lock.conflicts(description, exclusive) and unsure.isdisjoint(file.lock.holders)
@@ -215,7 +185,7 @@ class LockService:
         del self._grants[connection]
         file = self.files.get(description.key) if description else None
         if file and file.undecided:
-            self.retry_undecided(file)
+            self.undecided.retry(file)
 
     def _confirm(self, description: Description) -> None:
         """Who asks again for what it was granted has lost its connection, not its interest."""
@@ -352,7 +322,7 @@ class LockService:
                 self._look_after_grant(connection)
         for file in list(self.files.values()):
             self.settle(file, insist=True)
-            self.decide(file, now)
+            self.undecided.decide(file, now)
         if self._host.fileno() < 0:
             self._host.recheck()
             self._heed_neighbours()
@@ -400,7 +370,7 @@ class LockService:
         while host.freed:
             file = self.files.get(host.freed.pop())
             if file:
-                self.retry_undecided(file)
+                self.undecided.retry(file)
                 self.settle(file)
         while host.opened:
             key = host.opened.pop()
@@ -409,39 +379,7 @@ class LockService:
         while host.answered:
             file = self.files.get(host.answered.pop())
             if file:
-                self.decide(file, float("inf"))
-
-    def retry_undecided(self, file: File) -> None:
-        """Decide about non-blocking requests what can be decided now."""
-        undecided, file.undecided = file.undecided, []
-        for item in undecided:
-            connection, description, exclusive, _ = item
-            if file.lock.request(description, exclusive, False) == GRANTED:
-                self._conclude(file, connection, description, 0)
-            elif self._is_refused(file, description, exclusive):
-                self._conclude(file, connection, description, errno.EWOULDBLOCK)
-            else:
-                file.undecided.append(item)
-
-    def decide(self, file: File, now: float) -> None:
-        """Refuse the requests whose time is up: the other keeper's holder is alive, or that keeper is stopped."""
-        undecided, file.undecided = file.undecided, []
-        for item in undecided:
-            connection, description, _, limit = item
-            if limit <= now:
-                self._conclude(file, connection, description, errno.EWOULDBLOCK)
-            else:
-                file.undecided.append(item)
-        if undecided:
-            self.settle(file)
-
-    def _conclude(self, file: File, connection: Connection, description: Description, error: int) -> None:
-        description.waits -= 1
-        if error:
-            self.forget_if_unused(file, description)
-        else:
-            self.processes.add(connection.pid, description)
-        connection.answer(error)
+                self.undecided.decide(file, float("inf"))
 
 
 def _cannot_lock(error: OSError) -> str:

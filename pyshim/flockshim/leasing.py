@@ -1,4 +1,4 @@
-"""What becomes of the locks when their leases change."""
+"""What a lock service does about leases: asks for them, and does what follows from what becomes of them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,24 @@ import os
 import signal
 
 from flockshim import holding_programs
-from flockshim.leases import Told
+from flockshim._native import lib
+from flockshim.aliveness import Aliveness
+from flockshim.leases import Leases, Told
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from flockshim.descriptions import Description
     from flockshim.files import File
     from flockshim.host import Key
     from flockshim.lockservice import LockService
+    from flockshim.loop import Loop
+    from flockshim.programs import Connection
+
+LEASE_SECONDS = float(os.environ.get("FLOCKSHIM_LEASE") or 90.0)
+
+
+def _path(description: Description) -> str:
+    return os.readlink(f"/proc/self/fd/{description.descriptor}")
 
 
 def cannot_lease(error: OSError) -> str:
@@ -20,14 +31,40 @@ def cannot_lease(error: OSError) -> str:
     return f"no lease can be recorded beside the file: {error.strerror}: {error.filename}; use --mode host"
 
 
-class LeaseNews(Told):
-    """Tells a lock service."""
+class Leasing(Told):
+    """What a lock service does about leases."""
 
-    def __init__(self, service: LockService) -> None:
-        """Serve its files."""
+    def __init__(self, service: LockService, loop: Loop, directory: str) -> None:
+        """Serve its files; `directory` is the rendezvous directory. Nothing is made before a lease is needed."""
         self._service = service
+        self._loop = loop
+        self._directory = directory
         # Who was stopped, by file.
         self._stopped: dict[Key, list[int]] = {}
+
+    def need(self, connection: Connection, file: File, description: Description) -> bool:
+        """Have the file's lock recorded for other hosts. Where that cannot be, refuse the program and return False."""
+        description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
+        try:
+            # What has no name any more no other host can open.
+            if os.fstat(description.descriptor).st_nlink:
+                self._leases({}).need(file.key, _path(description))
+            return True
+        except OSError as error:
+            self._service.forget_if_unused(file, description)
+            self._service.settle(file)
+            connection.refuse(cannot_lease(error))
+            return False
+
+    def adopt(self, file: File, description: Description, exclusive: bool, predecessors: dict[str, int]) -> None:
+        """Take over the lease of a lock; `predecessors` as of `Leases`."""
+        self._leases(predecessors).adopt(file.key, _path(description), exclusive)
+
+    def _leases(self, predecessors: dict[str, int]) -> Leases:
+        if self._service.files.leases is None:
+            aliveness = Aliveness(self._directory)
+            self._service.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, self, predecessors)
+        return self._service.files.leases
 
     def changed(self, key: Key) -> None:
         """Serve those who could not be served without the lease."""
@@ -38,9 +75,10 @@ class LeaseNews(Told):
         if file is None:
             leases.give_back(key)
             return
-        service.retry_undecided(file)
         if leases.is_refused(key):
-            service.decide(file, float("inf"))
+            service.undecided.decide(file, float("inf"))
+        else:
+            service.undecided.retry(file)
         service.settle(file)
         service.answer_unlocked(file)
 
@@ -51,11 +89,7 @@ class LeaseNews(Told):
         if file is None:
             return
         text = cannot_lease(error)
-        undecided, file.undecided = file.undecided, []
-        for connection, description, _, _ in undecided:
-            description.waits -= 1
-            service.forget_if_unused(file, description)
-            connection.refuse(text)
+        service.undecided.refuse(file, text)
         while file.lock.queue:
             service.refuse_first(file, text)
         service.settle(file)
@@ -79,8 +113,7 @@ class LeaseNews(Told):
         if file:
             for description in list(file.lock.holders):
                 pids = holding_programs.find([description])
-                path = os.readlink(f"/proc/self/fd/{description.descriptor}")
-                line = f"the lock on {path} was lost: another host thought this one dead, and has it now"
+                line = f"the lock on {_path(description)} was lost: another host thought this one dead, and has it now"
                 if description.only_warn:
                     holding_programs.tell(pids, f"{line} (--on-lost warn)")
                 else:
@@ -89,6 +122,6 @@ class LeaseNews(Told):
                 self._drop(file, description)
         holding_programs.send(stopped, signal.SIGCONT)
 
-    def _drop(self, file: File, description: object) -> None:
+    def _drop(self, file: File, description: Description) -> None:
         file.lock.release(description)
-        self._service.forget_if_unused(file, description)  # type: ignore[arg-type]
+        self._service.forget_if_unused(file, description)
