@@ -50,8 +50,17 @@ def _read(directory: int, name: str) -> str:
         if error.errno != errno.ELOOP:
             raise
         return os.readlink(name, dir_fd=directory)
-    with open(descriptor, "rb") as file:
-        return os.fsdecode(file.read(MAX_TEXT))
+    # Not by a file object, which asks the server for more than the text.
+    try:
+        data = b""
+        while len(data) < MAX_TEXT:
+            more = os.read(descriptor, MAX_TEXT)
+            if not more:
+                break
+            data += more
+        return os.fsdecode(data)
+    finally:
+        os.close(descriptor)
 
 
 def _create(directory: int, op: Create) -> None:

@@ -50,6 +50,11 @@ class Runner:
         """Run a generator to its end; `waiting` is called each time before it waits in the queue."""
         self._step(generator, directory, (ended, waiting), lambda: next(generator))
 
+    def forget(self, directory: str) -> None:
+        """Have the worker close what it has of a directory."""
+        if self._worker:
+            self._worker.send(json.dumps([0, directory, "forget", []]).encode())
+
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Have something called once, at monotonic time `when` or soon after."""
         self._number += 1

@@ -8,6 +8,7 @@ no other.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -17,7 +18,22 @@ import threading
 if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from typing import Any, NamedTuple
+
 from flockshim import cluster_files, cluster_ops
+
+
+class Enter(NamedTuple):
+    """See whether `name` in the directory is the file of this device and inode; the result is false if it is not.
+
+    Raises OSError EXDEV where the directory is on another device: beside the root of a mount nobody looks who has
+    mounted it elsewhere.
+    """
+
+    name: str
+    device: int
+    inode: int
+
 
 MAX_PACKET = 1 << 20
 
@@ -37,10 +53,23 @@ def _descriptor(directory: str) -> int:
     return known
 
 
-def _perform(peer: socket.socket, number: int, directory: str, name: str, arguments: list[str]) -> None:
+def _enter(directory: int, target: Enter) -> bool:
+    if os.fstat(directory).st_dev != target.device:
+        raise OSError(errno.EXDEV, "it is the root of a mount", target.name)
+    try:
+        return os.stat(target.name, dir_fd=directory, follow_symlinks=False).st_ino == target.inode
+    except FileNotFoundError:
+        return False
+
+
+def _perform(peer: socket.socket, number: int, directory: str, name: str, arguments: list[Any]) -> None:
     result, error = None, None
     try:
-        result = cluster_files.perform(_descriptor(directory), getattr(cluster_ops, name)(*arguments))
+        descriptor = _descriptor(directory)
+        if name == Enter.__name__:
+            result = _enter(descriptor, Enter(*arguments))
+        else:
+            result = cluster_files.perform(descriptor, getattr(cluster_ops, name)(*arguments))
     except OSError as failure:
         error = [failure.errno, failure.strerror, os.fspath(failure.filename or "")]
     peer.send(json.dumps([number, result, error]).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 
@@ -11,6 +10,7 @@ from flockshim.cluster import Lease
 from flockshim.cluster_names import LINEAGE_DIGITS
 from flockshim.cluster_vouch import HEARTBEATS, Judge, Voucher
 from flockshim.lease_runner import Runner
+from flockshim.lease_worker import Enter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from flockshim.loop import Loop
 
 HAND_OVERS = 16
+MOST_IDLE = 256
+IDLE_SECONDS = 30.0
 
 
 def clock() -> float:
@@ -45,11 +47,26 @@ class Directory:
 class FileLease:
     """The lease of one file."""
 
-    __slots__ = ("busy", "contended", "directory", "hand_overs", "key", "lease", "mode", "since", "wanted")
+    __slots__ = (
+        "busy",
+        "contended",
+        "directory",
+        "hand_overs",
+        "key",
+        "lease",
+        "mode",
+        "named",
+        "path",
+        "since",
+        "wanted",
+    )
 
-    def __init__(self, key: Key, directory: Directory, lease: Lease) -> None:
+    def __init__(self, key: Key, path: str, directory: Directory, lease: Lease) -> None:
         """Hold nothing."""
         self.key = key
+        self.path = path
+        # Whether the path names the file: what has no name any more no other host can open. None: not known yet.
+        self.named: bool | None = None
         self.directory = directory
         self.lease = lease
         # What is held, and what is wanted: exclusive or not; None: nothing.
@@ -107,15 +124,18 @@ class Leases:
         self._serial = 0
         self._directories: dict[str, Directory] = {}
         self._files: dict[Key, FileLease] = {}
+        # Those that nobody needs at the moment, the one that was used last at the end.
+        self._idle: dict[tuple[Key, str], FileLease] = {}
 
     def need(self, key: Key, path: str) -> None:
         """From now on locks on this file need a lease. Raises OSError where its name is too long."""
         if key in self._files:
             return
+        idle = self._idle.pop((key, path), None)
+        if idle:
+            self._files[key] = idle
+            return
         parent, name = os.path.split(path)
-        # Beside the root of a mount nobody looks who has mounted it elsewhere.
-        if os.stat(parent).st_dev != key[0]:
-            raise OSError(errno.EXDEV, "it is the root of a mount", path)
         directory = self._directories.get(parent)
         if directory is None:
             directory = Directory(parent, self._aliveness.keeper, self._seconds, self._aliveness.is_dead)
@@ -123,7 +143,7 @@ class Leases:
             name, self._ticket, lambda: os.urandom(LINEAGE_DIGITS // 2).hex(), directory.judge, directory.voucher
         )
         self._directories[parent] = directory
-        self._files[key] = FileLease(key, directory, lease)
+        self._files[key] = FileLease(key, path, directory, lease)
         directory.leases.add(self._files[key])
 
     def knows(self, key: Key) -> bool:
@@ -137,7 +157,7 @@ class Leases:
         if lease.mode is None:
             lease.mode = exclusive
             self._adopting += 1
-            self._confirm(lease, lambda: lease.lease.adopt(self._predecessors))
+            self._confirm(lease, lambda: self._succeeding(lease))
         lease.mode = lease.mode or exclusive
 
     def _adopted(self) -> None:
@@ -206,15 +226,38 @@ class Leases:
             return True
         lease.wanted = None
         if not lease.busy and lease.mode is None:
-            self._forget(lease)
+            self._put_aside(lease)
             return True
         if not lease.busy:
             self._release(lease)
         return False
 
-    def _forget(self, lease: FileLease) -> None:
+    def _put_aside(self, lease: FileLease) -> None:
+        """Keep what is known of a file that nobody locks: the next lock then takes one operation."""
         del self._files[lease.key]
+        if not lease.named:
+            self._forget(lease)
+            return
+        lease.since = clock()
+        self._idle[lease.key, lease.path] = lease
+        while len(self._idle) > MOST_IDLE:
+            self._forget(self._idle.pop(next(iter(self._idle))))
+
+    def _forget(self, lease: FileLease) -> None:
         lease.directory.leases.discard(lease)
+
+    def _asking(self, lease: FileLease, exclusive: bool, blocking: bool) -> Protocol[bool]:
+        if lease.named is None:
+            lease.named = yield Enter(os.path.basename(lease.path), *lease.key)
+        return (yield from lease.lease.acquire(exclusive, blocking)) if lease.named else True
+
+    def _succeeding(self, lease: FileLease) -> Protocol[bool]:
+        lease.named = yield Enter(os.path.basename(lease.path), *lease.key)
+        return (yield from lease.lease.adopt(self._predecessors)) if lease.named else True
+
+    def _giving_back(self, lease: FileLease) -> Protocol[None]:
+        if lease.named:
+            yield from lease.lease.release()
 
     def _advance(self, lease: FileLease, blocking: bool) -> None:
         if lease.busy:
@@ -246,7 +289,7 @@ class Leases:
                 lease.contended = True
                 self._told.changed(lease.key)
 
-        self.runner.run(lease.directory.path, lease.lease.acquire(exclusive, blocking), ended, waiting)
+        self.runner.run(lease.directory.path, self._asking(lease, exclusive, blocking), ended, waiting)
 
     def _release(self, lease: FileLease, cause: OSError | None = None) -> None:
         lease.busy = True
@@ -259,11 +302,13 @@ class Leases:
             else:
                 lease.busy = False
             if cause:
+                # Something may be otherwise than it was when we looked at it.
+                lease.named = None
                 self._told.failed(lease.key, cause)
             elif not error:
                 self._told.changed(lease.key)
 
-        self.runner.run(lease.directory.path, lease.lease.release(), ended)
+        self.runner.run(lease.directory.path, self._giving_back(lease), ended)
 
     # Vouching
 
@@ -271,8 +316,11 @@ class Leases:
         """Vouch where something is held or waited for longer than a heartbeat; stop vouching where nothing is."""
         heartbeat = self._seconds / HEARTBEATS
         now = clock()
+        for place, lease in list(self._idle.items()):
+            if now - lease.since >= IDLE_SECONDS:
+                self._forget(self._idle.pop(place))
         for lease in list(self._files.values()):
-            if lease.mode is not None and not lease.busy and not lease.lease.still_mine(now):
+            if lease.mode is not None and lease.named and not lease.busy and not lease.lease.still_mine(now):
                 self._confirm(lease, lease.lease.confirm)
         for directory in list(self._directories.values()):
             entries = [lease for lease in directory.leases if lease.mode is not None or lease.busy]
@@ -285,6 +333,7 @@ class Leases:
                 self._withdraw(directory)
             elif not directory.leases:
                 del self._directories[directory.path]
+                self.runner.forget(directory.path)
 
     def _vouch(self, directory: Directory, heartbeat: float) -> None:
         directory.vouching = directory.has_file = True

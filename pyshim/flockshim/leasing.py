@@ -46,9 +46,7 @@ class Leasing(Told):
         """Have the file's lock recorded for other hosts. Where that cannot be, refuse the program and return False."""
         description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
         try:
-            # What has no name any more no other host can open.
-            if os.fstat(description.descriptor).st_nlink:
-                self._leases({}).need(file.key, _path(description))
+            self._leases({}).need(file.key, _path(description))
             return True
         except OSError as error:
             self._service.forget_if_unused(file, description)
