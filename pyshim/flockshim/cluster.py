@@ -31,6 +31,8 @@ from flockshim.cluster_vouch import Judge, Voucher
 
 ATTEMPTS = 40
 """How often a claim or state file that must be there is looked for, before that is an error."""
+LOOK_AGAIN = 4
+"""After how many of them the claim is read again."""
 NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 REFUSALS = (*NO_HARD_LINKS, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
@@ -222,11 +224,23 @@ class Lease:
                 self._litter.update(name for name in names if name is not None and is_litter(name, known))
             if self._state is None:
                 attempt += 1
+                if attempt == LOOK_AGAIN:
+                    yield from self._doubt_lineage(lineage)
                 if attempt == ATTEMPTS:
                     text = f"no state file of the lock ({self._names.claim}.{lineage}.*): removed by somebody?"
                     raise OSError(errno.ESTALE, text, self._target)
                 yield Pause(attempt - 1)
         return self._state
+
+    def _doubt_lineage(self, lineage: str) -> Protocol[None]:
+        """Somebody has removed the claim by hand, or the whole directory: that ends what was before."""
+        if (yield from self._read_claim()) == lineage:
+            return
+        if self._made:
+            raise OSError(errno.ESTALE, "the record of the lock was removed while it was in use", self._names.claim)
+        self._lineage = self._name = None
+        self._floor = 0
+        self._doubt = -1
 
     def _open(self, name: StateName) -> Protocol[None]:
         data = data_of(name)

@@ -83,10 +83,14 @@ class Judge:
         self._clock = clock
         self._is_dead = is_dead
         self._silences: dict[str, _Silence] = {}
+        self.found_dead: set[str] = set()
+        """Keepers that were thought dead since `bury`."""
 
     def known_dead(self, entries: Collection[Entry]) -> set[str]:
         """Return the tickets of those entries that are dead for certain, without an operation."""
-        return {entry.ticket for entry in entries if self._is_dead(keeper_of(entry.ticket))}
+        dead = {entry.ticket for entry in entries if self._is_dead(keeper_of(entry.ticket))}
+        self.found_dead.update(map(keeper_of, dead))
+        return dead
 
     def dead(self, entries: Collection[Entry]) -> Protocol[set[str]]:
         """Observe the keepers of another domain, unless that was done just now, and return the tickets of the dead.
@@ -99,7 +103,14 @@ class Judge:
         for ticket in others:
             if (yield from self._is_silent(ticket, keeper_of(ticket))):
                 dead.add(ticket)
+                self.found_dead.add(keeper_of(ticket))
         return dead
+
+    def bury(self) -> Protocol[None]:
+        """Remove the vouching files of those that were thought dead. Harmless if one lives: it writes its file anew."""
+        while self.found_dead:
+            with contextlib.suppress(OSError):
+                yield Unlink(vouching_name(self.found_dead.pop()))
 
     def forget(self, tickets: Collection[str]) -> None:
         """Forget what was observed of all but these."""

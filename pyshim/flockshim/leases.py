@@ -14,12 +14,16 @@ from flockshim.lease_worker import Enter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Generator
+    from typing import Any, TypeVar, Union
 
     from flockshim.aliveness import Aliveness
-    from flockshim.cluster_ops import Protocol
+    from flockshim.cluster_ops import Operation, Protocol
     from flockshim.host import Key
     from flockshim.loop import Loop
+
+    T = TypeVar("T")
+    Steps = Generator[Union[Operation, Enter], Any, T]
 
 HAND_OVERS = 16
 MOST_IDLE = 256
@@ -170,7 +174,7 @@ class Leases:
                 os.close(descriptor)
             self._predecessors = {}
 
-    def _confirm(self, lease: FileLease, protocol: Callable[[], Protocol[bool]]) -> None:
+    def _confirm(self, lease: FileLease, protocol: Callable[[], Steps[bool]]) -> None:
         """Make sure that we hold; nobody goes on before. Until the server answers it is tried again."""
         lease.busy = True
         self._told.doubted(lease.key)
@@ -246,12 +250,12 @@ class Leases:
     def _forget(self, lease: FileLease) -> None:
         lease.directory.leases.discard(lease)
 
-    def _asking(self, lease: FileLease, exclusive: bool, blocking: bool) -> Protocol[bool]:
+    def _asking(self, lease: FileLease, exclusive: bool, blocking: bool) -> Steps[bool]:
         if lease.named is None:
             lease.named = yield Enter(os.path.basename(lease.path), *lease.key)
         return (yield from lease.lease.acquire(exclusive, blocking)) if lease.named else True
 
-    def _succeeding(self, lease: FileLease) -> Protocol[bool]:
+    def _succeeding(self, lease: FileLease) -> Steps[bool]:
         lease.named = yield Enter(os.path.basename(lease.path), *lease.key)
         return (yield from lease.lease.adopt(self._predecessors)) if lease.named else True
 
@@ -327,6 +331,8 @@ class Leases:
             old = any(now - lease.since >= heartbeat for lease in entries)
             if directory.vouching:
                 continue
+            if directory.judge.found_dead:
+                self.runner.run(directory.path, directory.judge.bury(), lambda *_: None)
             if old:
                 self._vouch(directory, heartbeat)
             elif directory.has_file and not entries:
@@ -357,7 +363,8 @@ class Leases:
 
     def is_idle(self) -> bool:
         """Return whether nothing is held, asked for, or left to be removed."""
-        return not self._files and not any(d.has_file or d.vouching for d in self._directories.values())
+        busy = (d.has_file or d.vouching or d.judge.found_dead for d in self._directories.values())
+        return not self._files and not any(busy)
 
     def close(self) -> None:
         """The keeper leaves."""
