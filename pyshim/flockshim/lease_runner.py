@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import functools
 import heapq
 import json
 import os
@@ -28,6 +27,76 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
 FIRST_POLL, LONGEST_POLL = 0.03, 3.0
 
 
+class CancelledError(Exception):
+    """The steps were ended by `Run.cancel`."""
+
+
+class Run:
+    """A generator under way."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        directory: str,
+        generator: Generator[Any, Any, Any],
+        ended: Callable[[Any, Exception | None], None],
+        waiting: Callable[[], None],
+    ) -> None:
+        """See `Runner.run`."""
+        self._runner = runner
+        self.directory = directory
+        self._generator = generator
+        self._ended = ended
+        self._waiting = waiting
+        self._cancelled = False
+        self._over = False
+        self._resumes = False
+
+    def cancel(self) -> None:
+        """End it, with CancelledError, as soon as no operation is under way."""
+        self._cancelled = True
+        if self._resumes:
+            self.resume()
+
+    def resume(self) -> None:
+        """Go on after a pause."""
+        if not self._over:
+            self._resumes = False
+            self.step(lambda: self._generator.send(None))
+
+    def throw(self, error: OSError) -> None:
+        """Go on after an operation that failed."""
+        self.step(lambda: self._generator.throw(error))
+
+    def send(self, result: Any) -> None:
+        """Go on after an operation."""
+        self.step(lambda: self._generator.send(result))
+
+    def step(self, resume: Callable[[], Any]) -> None:
+        """Go on to the next operation."""
+        if self._cancelled and not self._over:
+            self._over = True
+            self._generator.close()
+            self._ended(None, CancelledError())
+            return
+        try:
+            operation = resume()
+        except StopIteration as stop:
+            self._over = True
+            self._ended(stop.value, None)
+        except OSError as error:
+            self._over = True
+            self._ended(None, error)
+        else:
+            if not isinstance(operation, (Pause, Wait)):
+                self._runner.perform(self, operation)
+                return
+            if isinstance(operation, Wait):
+                self._waiting()
+            self._resumes = True
+            self._runner.at(time.monotonic() + _delay(operation), self.resume)
+
+
 class Runner:
     """Performs operations by a worker process, and calls back in the loop."""
 
@@ -36,7 +105,7 @@ class Runner:
         self._loop = loop
         self._worker: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self._pending: dict[int, tuple[Generator[Any, Any, Any], str, Any]] = {}
+        self._pending: dict[int, Run] = {}
         self._number = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
 
@@ -44,11 +113,16 @@ class Runner:
         self,
         directory: str,
         generator: Generator[Any, Any, Any],
-        ended: Callable[[Any, OSError | None], None],
+        ended: Callable[[Any, Exception | None], None],
         waiting: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Run a generator to its end; `waiting` is called each time before it waits in the queue."""
-        self._step(generator, directory, (ended, waiting), lambda: next(generator))
+    ) -> Run:
+        """Run a generator to its end: `ended` gets its result, or the OSError or CancelledError that has ended it.
+
+        `waiting` is called each time before it waits in the queue.
+        """
+        run = Run(self, directory, generator, ended, waiting)
+        run.step(lambda: next(generator))
+        return run
 
     def forget(self, directory: str) -> None:
         """Have the worker close what it has of a directory."""
@@ -68,28 +142,11 @@ class Runner:
         if self._timers:
             self._loop.wake_by(self._timers[0][0])
 
-    def _step(self, generator: Any, directory: str, callbacks: Any, resume: Callable[[], Any]) -> None:
-        ended, waiting = callbacks
-        try:
-            operation = resume()
-        except StopIteration as stop:
-            ended(stop.value, None)
-            return
-        except OSError as error:
-            ended(None, error)
-            return
-        if isinstance(operation, (Pause, Wait)):
-            if isinstance(operation, Wait):
-                waiting()
-            delay = _delay(operation)
-            self.at(
-                time.monotonic() + delay,
-                lambda: self._step(generator, directory, callbacks, lambda: generator.send(None)),
-            )
-            return
+    def perform(self, run: Run, operation: Any) -> None:
+        """Have the worker do an operation of a run."""
         self._number += 1
-        self._pending[self._number] = (generator, directory, callbacks)
-        packet = json.dumps([self._number, directory, type(operation).__name__, list(operation)]).encode()
+        self._pending[self._number] = run
+        packet = json.dumps([self._number, run.directory, type(operation).__name__, list(operation)]).encode()
         self._connected().send(packet)
 
     def _connected(self) -> socket.socket:
@@ -117,12 +174,11 @@ class Runner:
             self._lose()
             return
         number, result, error = json.loads(packet)
-        generator, directory, callbacks = self._pending.pop(number)
+        run = self._pending.pop(number)
         if error is None:
-            self._step(generator, directory, callbacks, lambda: generator.send(result))
+            run.send(result)
         else:
-            failure = OSError(error[0], error[1], error[2])
-            self._step(generator, directory, callbacks, lambda: generator.throw(failure))
+            run.throw(OSError(error[0], error[1], error[2]))
 
     def _lose(self) -> None:
         """The worker was killed: what it was doing may have been done or not."""
@@ -132,9 +188,8 @@ class Runner:
         self._worker = None
         self._process.wait()
         pending, self._pending = self._pending, {}
-        for generator, directory, callbacks in pending.values():
-            failure = OSError(errno.EIO, "the keeper's lease worker was killed", directory)
-            self._step(generator, directory, callbacks, functools.partial(generator.throw, failure))
+        for run in pending.values():
+            run.throw(OSError(errno.EIO, "the keeper's lease worker was killed", run.directory))
 
 
 def _delay(operation: Pause | Wait) -> float:

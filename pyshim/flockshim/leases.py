@@ -6,9 +6,11 @@ import contextlib
 import os
 import time
 
+from flockshim import cluster_notes
 from flockshim.cluster import Lease
 from flockshim.cluster_names import LINEAGE_DIGITS
-from flockshim.cluster_vouch import HEARTBEATS, Judge, Voucher
+from flockshim.cluster_vouch import HEARTBEATS, Voucher
+from flockshim.lease_files import Directory, FileLease, Told, clock
 from flockshim.lease_runner import Runner
 from flockshim.lease_worker import Enter
 
@@ -26,85 +28,12 @@ if TYPE_CHECKING:
     Steps = Generator[Union[Operation, Enter], Any, T]
 
 HAND_OVERS = 16
+# What is held, or waited for, for so long is worth a note for people.
+NOTE_SECONDS = 1.0
+# By then the note of a holder that has just begun must be there.
+LEARN_SECONDS = 3.0
 MOST_IDLE = 256
 IDLE_SECONDS = 30.0
-
-
-def clock() -> float:
-    """Return the seconds of CLOCK_BOOTTIME, which goes on while the machine is suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-class Directory:
-    """What the leases of one directory share."""
-
-    def __init__(self, path: str, keeper: str, seconds: float, is_dead: Callable[[str], bool | None]) -> None:
-        """`seconds` is the lease time."""
-        self.path = path
-        self.voucher = Voucher(keeper, seconds, clock, lambda: os.urandom(8).hex())
-        self.judge = Judge(seconds, clock, is_dead)
-        self.leases: set[FileLease] = set()
-        self.has_file = False
-        self.vouching = False
-
-
-class FileLease:
-    """The lease of one file."""
-
-    __slots__ = (
-        "busy",
-        "contended",
-        "directory",
-        "hand_overs",
-        "key",
-        "lease",
-        "mode",
-        "named",
-        "path",
-        "since",
-        "wanted",
-    )
-
-    def __init__(self, key: Key, path: str, directory: Directory, lease: Lease) -> None:
-        """Hold nothing."""
-        self.key = key
-        self.path = path
-        # Whether the path names the file: what has no name any more no other host can open. None: not known yet.
-        self.named: bool | None = None
-        self.directory = directory
-        self.lease = lease
-        # What is held, and what is wanted: exclusive or not; None: nothing.
-        self.mode: bool | None = None
-        self.wanted: bool | None = None
-        self.busy = False
-        # Somebody else was seen to hold since we began to ask.
-        self.contended = False
-        self.hand_overs = 0
-        self.since = clock()
-
-
-class Told:
-    """What is told of a file's lease."""
-
-    def changed(self, key: Key) -> None:
-        """It was had, given back, or found to be held by others."""
-        raise NotImplementedError
-
-    def failed(self, key: Key, error: OSError) -> None:
-        """It cannot be had."""
-        raise NotImplementedError
-
-    def doubted(self, key: Key) -> None:
-        """Others may soon think us dead: nobody may go on before `trusted`."""
-        raise NotImplementedError
-
-    def trusted(self, key: Key) -> None:
-        """It is ours, and was all the time."""
-        raise NotImplementedError
-
-    def lost(self, key: Key) -> None:
-        """Others have thought us dead, and have it."""
-        raise NotImplementedError
 
 
 class Leases:
@@ -142,7 +71,7 @@ class Leases:
         parent, name = os.path.split(path)
         directory = self._directories.get(parent)
         if directory is None:
-            directory = Directory(parent, self._aliveness.keeper, self._seconds, self._aliveness.is_dead)
+            directory = Directory(parent, self._aliveness.keeper, self._seconds, self._aliveness.is_dead, self._told)
         lease = Lease(
             name, self._ticket, lambda: os.urandom(LINEAGE_DIGITS // 2).hex(), directory.judge, directory.voucher
         )
@@ -179,7 +108,7 @@ class Leases:
         lease.busy = True
         self._told.doubted(lease.key)
 
-        def ended(held: bool | None, error: OSError | None) -> None:
+        def ended(held: bool | None, error: Exception | None) -> None:
             if error:
                 self.runner.at(time.monotonic() + 1.0, lambda: self._confirm(lease, protocol))
                 return
@@ -222,6 +151,35 @@ class Leases:
         """Return whether others hold what was asked for last."""
         lease = self._files.get(key)
         return lease is not None and lease.contended and lease.mode is None
+
+    def holder(self, key: Key) -> str | None:
+        """Return who on another host has the lock, for people; None if nobody there has it."""
+        lease = self._files.get(key)
+        return (lease.holder or cluster_notes.ELSEWHERE) if lease and self.is_refused(key) else None
+
+    def may_learn(self, key: Key) -> bool:
+        """Return whether `holder` is not known yet, but may be soon."""
+        lease = self._files.get(key)
+        return lease is not None and self.is_refused(key) and not lease.holder and clock() - lease.asked < LEARN_SECONDS
+
+    def _ask(self, lease: FileLease) -> None:
+        """Look who holds, once for each version of the state."""
+        state = lease.lease.state
+        if state is None or (lease.holder and lease.version == state.version):
+            return
+        lease.version = state.version
+
+        def ended(holder: str | None, _: Exception | None) -> None:
+            lease.holder = holder
+
+        asking = cluster_notes.holder(state, os.path.basename(lease.path))
+        self.runner.run(lease.directory.path, asking, ended)
+
+    def abandon(self, key: Key) -> None:
+        """Nobody waits for the lease any more, for which was asked."""
+        lease = self._files.get(key)
+        if lease and lease.run:
+            lease.run.cancel()
 
     def give_back(self, key: Key) -> bool:
         """Nobody needs the lease any more. Returns whether there is none; else `changed` is called when that is so."""
@@ -274,12 +232,14 @@ class Leases:
     def _acquire(self, lease: FileLease, exclusive: bool, blocking: bool) -> None:
         lease.busy = True
         lease.contended = False
-        lease.since = clock()
+        lease.holder = None
+        lease.asked = lease.since = clock()
 
-        def ended(granted: bool | None, error: OSError | None) -> None:
+        def ended(granted: bool | None, error: Exception | None) -> None:
             lease.busy = False
+            lease.run = None
             if error:
-                self._release(lease, error)
+                self._release(lease, error if isinstance(error, OSError) else None)
                 return
             lease.hand_overs = 0
             if granted:
@@ -291,15 +251,18 @@ class Leases:
         def waiting() -> None:
             if not lease.contended:
                 lease.contended = True
+                self._ask(lease)
                 self._told.changed(lease.key)
 
-        self.runner.run(lease.directory.path, self._asking(lease, exclusive, blocking), ended, waiting)
+        run = self.runner.run(lease.directory.path, self._asking(lease, exclusive, blocking), ended, waiting)
+        if lease.busy:
+            lease.run = run
 
     def _release(self, lease: FileLease, cause: OSError | None = None) -> None:
         lease.busy = True
         lease.mode = None
 
-        def ended(_: None, error: OSError | None) -> None:
+        def ended(_: None, error: Exception | None) -> None:
             if error:
                 # Our entry must go, whatever the server does now: others would wait for it for a lease time.
                 self.runner.at(time.monotonic() + 1.0, lambda: self._release(lease))
@@ -326,9 +289,12 @@ class Leases:
         for lease in list(self._files.values()):
             if lease.mode is not None and lease.named and not lease.busy and not lease.lease.still_mine(now):
                 self._confirm(lease, lease.lease.confirm)
+            elif self.is_refused(lease.key):
+                self._ask(lease)
         for directory in list(self._directories.values()):
             entries = [lease for lease in directory.leases if lease.mode is not None or lease.busy]
-            old = any(now - lease.since >= heartbeat for lease in entries)
+            age = heartbeat if directory.has_file else min(heartbeat, NOTE_SECONDS)
+            old = any(now - lease.since >= age for lease in entries)
             if directory.vouching:
                 continue
             if directory.judge.found_dead:
@@ -344,7 +310,7 @@ class Leases:
     def _vouch(self, directory: Directory, heartbeat: float) -> None:
         directory.vouching = directory.has_file = True
 
-        def ended(_: None, error: OSError | None) -> None:
+        def ended(_: None, error: Exception | None) -> None:
             directory.vouching = False
             if not error:
                 for lease in directory.leases:
@@ -355,7 +321,7 @@ class Leases:
     def _withdraw(self, directory: Directory) -> None:
         directory.vouching = True
 
-        def ended(_: None, error: OSError | None) -> None:
+        def ended(_: None, error: Exception | None) -> None:
             directory.vouching = False
             directory.has_file = error is not None
 

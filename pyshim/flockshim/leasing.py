@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
-from flockshim import holding_programs
+from flockshim import holders, holding_programs
 from flockshim._native import lib
 from flockshim.aliveness import Aliveness
-from flockshim.leases import Leases, Told
+from flockshim.cluster_notes import Program
+from flockshim.lease_files import Told
+from flockshim.leases import Leases
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,6 +66,16 @@ class Leasing(Told):
             aliveness = Aliveness(self._directory)
             self._service.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, self, predecessors)
         return self._service.files.leases
+
+    def programs(self, key: Key) -> list[Program]:
+        """Return the programs that hold the lock or wait for it."""
+        file = self._service.files.get(key)
+        if file is None:
+            return []
+        began = time.time() - time.monotonic()
+        held = [(one.pid, exclusive, False, one.since) for one, exclusive in file.lock.holders.items()]
+        waiting = [(one.context.pid, one.exclusive, True, began + one.since) for one in file.lock.queue]
+        return [Program(pid, holders.command_of(pid), *more) for pid, *more in held + waiting]
 
     def changed(self, key: Key) -> None:
         """Serve those who could not be served without the lease."""

@@ -101,7 +101,7 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: 
         except FlockshimError as refused:
             raise FlockshimError(f"cannot lock {request.path!r}: {refused}") from None
         if error == errno.EWOULDBLOCK:
-            holder = _emulated_holder(locker, descriptor) if emulated else _kernel_holder(descriptor)
+            holder = _emulated_holder(locker, descriptor, request.path) if emulated else _kernel_holder(descriptor)
             raise BusyError(f"held by {holder}")
         if error:
             raise FlockshimError(f"cannot lock {request.path!r}: {os.strerror(error)}; see flockshim --check")
@@ -162,10 +162,10 @@ def _kernel_holder(descriptor: int) -> str:
     return kernel_locks.describe(os.fstat(descriptor))
 
 
-def _emulated_holder(locker: Locker, descriptor: int) -> str:
+def _emulated_holder(locker: Locker, descriptor: int, path: str) -> str:
     from flockshim import lock_list
 
-    return lock_list.holder_of(locker, os.fstat(descriptor))
+    return lock_list.holder_of(locker, os.fstat(descriptor), path)
 
 
 class _Teller:

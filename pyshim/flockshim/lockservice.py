@@ -211,7 +211,11 @@ class LockService:
 
     def _tell_waiting(self, connection: Connection) -> None:
         assert connection.waiter
-        connection.tell_waiting(self._describe(self.files[connection.waiter.owner.key]))
+        file = self.files[connection.waiter.owner.key]
+        if self.files.leases and self.files.leases.may_learn(file.key):
+            self.patience.tell_later(connection)
+        else:
+            connection.tell_waiting(self._describe(file))
 
     def _time_out(self, connection: Connection) -> None:
         assert connection.waiter
@@ -225,7 +229,8 @@ class LockService:
         with contextlib.suppress(OSError, ValueError):
             for description in file.lock.holders:
                 return holders.describe(description.pid, description.since)
-            return self._host.other_holder(file.key) or UNKNOWN
+            elsewhere = self.files.leases.holder(file.key) if self.files.leases else None
+            return elsewhere or self._host.other_holder(file.key) or UNKNOWN
         return UNKNOWN
 
     # What holds, and what follows
@@ -260,6 +265,8 @@ class LockService:
                     return
                 leases = self.files.leases
                 if leases and leases.is_pending(file.key):
+                    if not file.lock.queue and not file.undecided:
+                        leases.abandon(file.key)
                     return
                 if not file.lock.queue:
                     if leases and not leases.give_back(file.key):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # A wait that is over sooner is not worth a line.
 TELL_SECONDS = 0.1
+LATER_SECONDS = 0.5
 NEVER = float("inf")
 
 
@@ -36,6 +37,12 @@ class Patience:
         if min(tell, end) < NEVER:
             self._waiting[connection] = tell, end
             self._loop.wake_by(min(tell, end))
+
+    def tell_later(self, connection: Connection) -> None:
+        """Ask again in a while: for whom it waits is not known yet."""
+        tell = time.monotonic() + LATER_SECONDS
+        self._waiting[connection] = tell, self._waiting[connection][1]
+        self._loop.wake_by(tell)
 
     def forget(self, connection: Connection) -> None:
         """It waits no longer."""
