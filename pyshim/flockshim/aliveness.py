@@ -10,6 +10,8 @@ import fcntl
 import hashlib
 import os
 
+from flockshim._native import lib
+
 DOMAIN_DIGITS = 12
 OWN_DIGITS = 12
 
@@ -24,7 +26,9 @@ class Aliveness:
         self.keeper = self.domain + os.urandom(OWN_DIGITS // 2).hex()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self.descriptor = os.open(self._path(self.keeper), flags, 0o600)
-        fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        error = _kernel_flock(self.descriptor, fcntl.LOCK_EX)
+        if error:
+            raise OSError(error, os.strerror(error), self._path(self.keeper))
 
     def _path(self, keeper: str) -> str:
         return f"{self._directory}/a-{keeper}"
@@ -40,11 +44,10 @@ class Aliveness:
         except FileNotFoundError:
             return True
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _kernel_flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
             os.unlink(self._path(keeper))
             return True
-        except BlockingIOError:
-            return False
         finally:
             os.close(descriptor)
 
@@ -52,6 +55,11 @@ class Aliveness:
         """The keeper leaves, and has no entry anywhere."""
         with contextlib.suppress(OSError):
             os.unlink(self._path(self.keeper))
+
+
+def _kernel_flock(descriptor: int, operation: int) -> int:
+    """Return the kernel's errno, or 0. A command in a shell under the shim (`--env`) must not ask the shim."""
+    return -int(lib.native_raw_flock(descriptor, operation))
 
 
 def keeper_of_path(path: str, directory: str) -> str | None:

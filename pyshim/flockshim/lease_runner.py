@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 MAX_PACKET = 1 << 20
 SOCKET_BYTES = 4 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
-FIRST_POLL, LONGEST_POLL = 0.03, 3.0
+# A waiter polls at first this often, in seconds; then after a part of the time for which nothing has changed for it.
+FIRST_POLL, POLL_PART = 0.005, 0.1
 
 
 class CancelledError(Exception):
@@ -51,6 +52,9 @@ class Run:
         self._cancelled = False
         self._over = False
         self._resumes = False
+        # In the queue, and since when.
+        self._position = -1
+        self._moved = 0.0
 
     def cancel(self) -> None:
         """End it, with CancelledError, as soon as no operation is under way."""
@@ -94,14 +98,24 @@ class Run:
             if isinstance(operation, Wait):
                 self._waiting()
             self._resumes = True
-            self._runner.at(time.monotonic() + _delay(operation), self.resume)
+            self._runner.at(time.monotonic() + self._delay(operation) * random.uniform(0.5, 1.0), self.resume)
+
+    def _delay(self, operation: Pause | Wait) -> float:
+        if isinstance(operation, Pause):
+            return min(LONGEST_PAUSE, FIRST_PAUSE * (1 << min(operation.attempt, 20)))
+        now = time.monotonic()
+        if operation.position != self._position:
+            self._position, self._moved = operation.position, now
+        first = FIRST_POLL * (1 + 2 * operation.position)
+        return min(self._runner.longest_poll, max(first, POLL_PART * (now - self._moved)))
 
 
 class Runner:
     """Performs operations by a worker process, and calls back in the loop."""
 
-    def __init__(self, loop: Loop) -> None:
-        """Start no worker before one is needed."""
+    def __init__(self, loop: Loop, longest_poll: float) -> None:
+        """Start no worker before one is needed. `longest_poll`: in seconds, between two looks of one who waits."""
+        self.longest_poll = longest_poll
         self._loop = loop
         self._worker: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -190,11 +204,3 @@ class Runner:
         pending, self._pending = self._pending, {}
         for run in pending.values():
             run.throw(OSError(errno.EIO, "the keeper's lease worker was killed", run.directory))
-
-
-def _delay(operation: Pause | Wait) -> float:
-    if isinstance(operation, Pause):
-        delay = min(LONGEST_PAUSE, FIRST_PAUSE * (1 << min(operation.attempt, 20)))
-    else:
-        delay = min(LONGEST_POLL, FIRST_POLL * (1 + 2 * operation.position))
-    return delay * random.uniform(0.5, 1.0)

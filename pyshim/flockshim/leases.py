@@ -9,7 +9,7 @@ import time
 from flockshim import cluster_notes
 from flockshim.cluster import Lease
 from flockshim.cluster_names import LINEAGE_DIGITS
-from flockshim.cluster_vouch import HEARTBEATS, Voucher
+from flockshim.cluster_vouch import GAP, HEARTBEATS, Voucher
 from flockshim.lease_files import Directory, FileLease, Told, clock
 from flockshim.lease_runner import Runner
 from flockshim.lease_worker import Enter
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     Steps = Generator[Union[Operation, Enter], Any, T]
 
 HAND_OVERS = 16
+LONGEST_POLL = 1.0
 # What is held, or waited for, for so long is worth a note for people.
 NOTE_SECONDS = 1.0
 # By then the note of a holder that has just begun must be there.
@@ -48,7 +49,7 @@ class Leases:
         predecessors: dict[str, int],
     ) -> None:
         """`predecessors` are the keepers that this one succeeds, by the descriptors that keep them alive."""
-        self.runner = Runner(loop)
+        self.runner = Runner(loop, min(LONGEST_POLL, seconds * GAP / 2))
         self._aliveness = aliveness
         self._seconds = seconds
         self._told = told

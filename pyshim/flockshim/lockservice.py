@@ -146,7 +146,8 @@ class LockService:
                 self.settle(file)
             connection.answer(0)
         elif outcome == REFUSED:
-            if self.is_refused(file, description, exclusive):
+            elsewhere = self.files.leases is not None and self.files.leases.is_refused(file.key)
+            if elsewhere or self.is_refused(file, description, exclusive):
                 self.forget_if_unused(file, description)
                 connection.answer(errno.EWOULDBLOCK)
             else:
