@@ -18,7 +18,7 @@ from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
 from flockshim.patience import Patience
 from flockshim.programs import Connection
-from flockshim.undecided import GRANT_SECONDS, Undecided
+from flockshim.undecided import GRANT_SECONDS, UNDECIDED_SECONDS, Undecided
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -220,7 +220,14 @@ class LockService:
 
     def _time_out(self, connection: Connection) -> None:
         assert connection.waiter
-        who = self._describe(self.files[connection.waiter.owner.key])
+        file = self.files[connection.waiter.owner.key]
+        leases = self.files.leases
+        unknown = leases and leases.is_pending(file.key) and not leases.is_refused(file.key)
+        late = time.monotonic() - connection.waiter.since - connection.timeout / 1000
+        if unknown and late < UNDECIDED_SECONDS:
+            self.patience.end_later(connection)
+            return
+        who = self._describe(file)
         self.programs.forget(connection)
         self.withdraw(connection)
         connection.time_out(who)

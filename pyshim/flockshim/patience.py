@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # A wait that is over sooner is not worth a line.
 TELL_SECONDS = 0.1
+SOON_SECONDS = 0.02
 LATER_SECONDS = 0.5
 NEVER = float("inf")
 
@@ -43,6 +44,12 @@ class Patience:
         tell = time.monotonic() + LATER_SECONDS
         self._waiting[connection] = tell, self._waiting[connection][1]
         self._loop.wake_by(tell)
+
+    def end_later(self, connection: Connection) -> None:
+        """Ask again soon: it is not known yet whether anybody holds what it waits for."""
+        end = time.monotonic() + SOON_SECONDS
+        self._waiting[connection] = self._waiting[connection][0], end
+        self._loop.wake_by(end)
 
     def forget(self, connection: Connection) -> None:
         """It waits no longer."""
