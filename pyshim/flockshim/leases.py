@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     Steps = Generator[Union[Operation, Enter], Any, T]
 
 HAND_OVERS = 16
+GONE = (errno.ENOENT, errno.ESTALE)
 LONGEST_POLL = 1.0
 # What is held, or waited for, for so long is worth a note for people.
 NOTE_SECONDS = 1.0
@@ -264,6 +266,9 @@ class Leases:
         lease.mode = None
 
         def ended(_: None, error: Exception | None) -> None:
+            if isinstance(error, OSError) and error.errno in GONE:
+                # uv removes whole directories in which it has locked a file: there is nothing to give back.
+                lease.named = error = None
             if error:
                 # Our entry must go, whatever the server does now: others would wait for it for a lease time.
                 self.runner.at(time.monotonic() + 1.0, lambda: self._release(lease))
