@@ -28,6 +28,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
 FIRST_POLL, POLL_PART = 0.005, 0.1
 
 
+class WorkerLostError(OSError):
+    """The worker was killed: what it was doing may have been done or not."""
+
+
 class CancelledError(Exception):
     """The steps were ended by `Run.cancel`."""
 
@@ -195,7 +199,6 @@ class Runner:
             run.throw(OSError(error[0], error[1], error[2]))
 
     def _lose(self) -> None:
-        """The worker was killed: what it was doing may have been done or not."""
         assert self._worker and self._process
         self._loop.unwatch(self._worker.fileno())
         self._worker.close()
@@ -203,4 +206,4 @@ class Runner:
         self._process.wait()
         pending, self._pending = self._pending, {}
         for run in pending.values():
-            run.throw(OSError(errno.EIO, "the keeper's lease worker was killed", run.directory))
+            run.throw(WorkerLostError(errno.EIO, "the keeper's lease worker was killed", run.directory))

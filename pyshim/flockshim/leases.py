@@ -12,7 +12,7 @@ from flockshim.cluster import Lease
 from flockshim.cluster_names import LINEAGE_DIGITS
 from flockshim.cluster_vouch import GAP, HEARTBEATS, Voucher
 from flockshim.lease_files import Directory, FileLease, Told, clock
-from flockshim.lease_runner import Runner
+from flockshim.lease_runner import Runner, WorkerLostError
 from flockshim.lease_worker import Enter
 
 TYPE_CHECKING = False
@@ -242,7 +242,8 @@ class Leases:
             lease.busy = False
             lease.run = None
             if error:
-                self._release(lease, error if isinstance(error, OSError) else None)
+                refused = isinstance(error, OSError) and not isinstance(error, WorkerLostError)
+                self._release(lease, error if refused else None)
                 return
             lease.hand_overs = 0
             if granted:
