@@ -242,8 +242,8 @@ class Leases:
             lease.busy = False
             lease.run = None
             if error:
-                refused = isinstance(error, OSError) and not isinstance(error, WorkerLostError)
-                self._release(lease, error if refused else None)
+                lost = isinstance(error, WorkerLostError)
+                self._release(lease, error if isinstance(error, OSError) and not lost else None)
                 return
             lease.hand_overs = 0
             if granted:
