@@ -54,7 +54,7 @@ def holder_of(locker: Locker, file: os.stat_result) -> str:
             if (entry["device"], entry["inode"]) == (file.st_dev, file.st_ino):
                 for holder in entry["holders"]:
                     return _describe(holder)
-    return "a program of another job"
+    return holders.UNKNOWN
 
 
 def _describe(holder: dict[str, Any]) -> str:

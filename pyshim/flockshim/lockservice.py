@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from flockshim.programs import Programs
     from flockshim.rendezvous import Rendezvous
 
-UNKNOWN = "a program of another job"
 GRANT_SECONDS = 2.0
 UNDECIDED_SECONDS = GRANT_SECONDS + 2 * TICK_SECONDS
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
@@ -209,8 +208,8 @@ class LockService:
         with contextlib.suppress(OSError, ValueError):
             for description in file.lock.holders:
                 return holders.describe(description.pid, description.since)
-            return self._host.other_holder(file.key) or UNKNOWN
-        return UNKNOWN
+            return self._host.other_holder(file.key) or holders.UNKNOWN
+        return holders.UNKNOWN
 
     # What holds, and what follows
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from flockshim.loop import NEVER
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -13,7 +15,6 @@ if TYPE_CHECKING:
 
 # A wait that is over sooner is not worth a line.
 TELL_SECONDS = 0.1
-NEVER = float("inf")
 
 
 class Patience:
