@@ -132,12 +132,13 @@ static struct timespec patience(const struct call *call) {
 static long receive_with_patience(struct call *call) {
     struct pollfd events[] = {{.fd = (int)call->channel.socket, .events = POLLIN},
                               {.fd = call->wait->cancel, .events = POLLIN}};
-    struct timespec limit = patience(call);
     int for_ever = call->blocking && call->wait->timeout < 0;
+    struct timespec limit;
     long result;
 
     if (!call->wait->poll)
         return receive(call, 0);
+    limit = patience(call);
     result = sys5(SYS_ppoll, events, call->blocking ? 2 : 1, for_ever ? NULL : &limit, NULL, 0);
     if (result <= 0)
         return result < 0 ? result : -ETIME;
@@ -275,8 +276,9 @@ static uint32_t flags_of(const struct call *call) {
 static enum outcome prepare(struct call *call, const struct stat *status, int operation) {
     int descriptor = call->request.descriptor;
 
-    call->begin = now_in_nanoseconds();
     call->blocking = !(operation & (LOCK_NB | LOCK_UN));
+    if (call->blocking)
+        call->begin = now_in_nanoseconds();
     call->request =
         (struct protocol_request){.magic = PROTOCOL_MAGIC,
                                   .version = PROTOCOL_VERSION,

@@ -5,8 +5,8 @@ import json
 import os
 import signal
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import NamedTuple, Optional
 
@@ -50,12 +50,15 @@ class Report(NamedTuple):
     verdict: Verdict
 
 
-def main(directory: Optional[str], as_json: bool, seconds: float) -> int:
+def main(
+    directory: Optional[str], as_json: bool, seconds: float, write: Callable[[str], None], say: Callable[[str], None]
+) -> int:
     """Try what *directory* can lock and print the report on standard output.
 
     :param directory: the current one if None.
     :param as_json: print it for programs, see :func:`as_object`.
     :param seconds: how long each call may take before it is said to hang.
+    :param write: writes to standard output, *say* a line to standard error.
     :returns: the exit status: 0 locks work, 1 they fail, 2 they hang or exclude nobody, 3 they work on this host
         only, as far as can be told.
     :raises FlockshimError: when *directory* is missing or nothing can be tried in it (what is known is printed before),
@@ -73,9 +76,9 @@ def main(directory: Optional[str], as_json: bool, seconds: float) -> int:
     reach = filesystems.reach(system, os.uname().release)
     verdict = _not_checked(path) if trouble else judge(path, outcomes, reach, seconds)
     report = Report(path, system, reach, outcomes, verdict)
-    _print(json.dumps(as_object(report), indent=2) if as_json else as_text(report))
+    write((json.dumps(as_object(report), indent=2) if as_json else as_text(report)).rstrip("\n") + "\n")
     for file in left_behind:
-        _warn(f"{file!r} could not be removed: remove it when the file system answers again")
+        say(f"warning: {file!r} could not be removed: remove it when the file system answers again")
     if trouble:
         raise FlockshimError(trouble)
     return verdict.status
@@ -331,20 +334,6 @@ def _removing_before_death() -> Iterator[None]:
 
 class _StoppedError(BaseException):
     """A signal came that ends the process."""
-
-
-def _print(text: str) -> None:
-    try:
-        data = os.fsencode(text if text.endswith("\n") else text + "\n")
-        while data:
-            data = data[os.write(1, data) :]
-    except OSError as error:
-        raise FlockshimError(f"cannot write to standard output: {error.strerror}") from None
-
-
-def _warn(text: str) -> None:
-    with suppress(OSError):  # nobody may listen
-        os.write(2, os.fsencode(f"flockshim: warning: {text}\n"))
 
 
 _SKIPPED = {

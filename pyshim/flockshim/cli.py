@@ -199,7 +199,7 @@ def _inspect(options: "dict[str, str | bool]", paths: "list[str]") -> int:
     from flockshim import check
 
     seconds = float(environ.get("FLOCKSHIM_TIMEOUT", CHECK_SECONDS))
-    return check.main(paths[0] if paths else None, "json" in options, seconds)
+    return check.main(paths[0] if paths else None, "json" in options, seconds, _print, _say)
 
 
 def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:

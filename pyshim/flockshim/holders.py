@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+UNKNOWN = "a program of another job"
 MAX_COMMAND = 80
 # Bytes that are no text in this locale, as os.fsdecode has them.
 SURROGATES = {chr(0xDC00 + byte) for byte in range(128, 256)}

@@ -55,16 +55,11 @@ def run(request: Request, environ: Mapping[str, str], start: Callable[[], int], 
             say(f"cannot lock {request.path!r}: {error}")
         return BUSY
     descriptor = _moved_out_of_the_way(descriptor)
+    # With --inherit this is what holds the lock; else it is not lost when this process is killed and COMMAND is not.
+    os.set_inheritable(descriptor, True)
     if request.inherit:
-        os.set_inheritable(descriptor, True)
         return start()
-
-    def start_with_lock() -> int:
-        # So that the lock is not lost when this process is killed and COMMAND is not.
-        os.set_inheritable(descriptor, True)
-        return start()
-
-    status = parent.run(start_with_lock)
+    status = parent.run(start)
     # Not by closing: what COMMAND has left running may have inherited the descriptor. A file system that has gone away
     # must not cost COMMAND its status.
     with contextlib.suppress(OSError, FlockshimError):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 ANSWER_MILLISECONDS = 5000
 MESSAGE_MILLISECONDS = 500
 
-UNKNOWN = "a program of another job"
 
 REASONS = {
     errno.ETIME: "is it stopped?",
@@ -60,8 +59,8 @@ def holder_of(locker: Locker, file: os.stat_result, path: str | None = None) -> 
                 for holder in entry["holders"]:
                     return _describe(holder)
     with contextlib.suppress(FlockshimError, OSError):
-        return (path and _holder_elsewhere(locker, path)) or UNKNOWN
-    return UNKNOWN
+        return (path and _holder_elsewhere(locker, path)) or holders.UNKNOWN
+    return holders.UNKNOWN
 
 
 def _holder_elsewhere(locker: Locker, path: str) -> str | None:

@@ -72,8 +72,9 @@ class Locker:
         :raises FlockshimError: when the lock cannot be emulated; says why.
         """
         wait = ffi.new("struct client_wait *")
-        left = -1.0 if deadline is None else min(max(0.0, deadline - time.monotonic()), float(launch.MAX_TIMEOUT))
-        wait.timeout = -1 if deadline is None else int(left * 1000)
+        wait.timeout = -1
+        if deadline is not None:
+            wait.timeout = int(min(max(0.0, deadline - time.monotonic()), float(launch.MAX_TIMEOUT)) * 1000)
         wait.poll = 1
         wait.cancel = cancel
         result = lib.lock_by_mode(self._config, wait, descriptor, operation, error)

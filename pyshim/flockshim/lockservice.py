@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from flockshim.programs import Programs
     from flockshim.rendezvous import Rendezvous
 
-UNKNOWN = "a program of another job"
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
@@ -238,8 +237,8 @@ class LockService:
             for description in file.lock.holders:
                 return holders.describe(description.pid, description.since)
             elsewhere = self.files.leases.holder(file.key) if self.files.leases else None
-            return elsewhere or self._host.other_holder(file.key) or UNKNOWN
-        return UNKNOWN
+            return elsewhere or self._host.other_holder(file.key) or holders.UNKNOWN
+        return holders.UNKNOWN
 
     # What holds, and what follows
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from flockshim.loop import NEVER
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
 TELL_SECONDS = 0.1
 SOON_SECONDS = 0.02
 LATER_SECONDS = 0.5
-NEVER = float("inf")
 
 
 class Patience:
