@@ -274,7 +274,7 @@ def test_vouching_files_of_the_dead_are_swept(directory: Path) -> None:
     alive.run(alive.voucher.vouch())
     dead.run(dead.voucher.vouch())
     assert names(directory) == [".flockshim.a", ".flockshim.dead"]
-    alive.run(alive.judge.sweep())
+    assert alive.run(alive.judge.sweep("a", 1)) is False
     assert names(directory) == [".flockshim.a"]
     alive.run(alive.voucher.withdraw())
     alive.run(alive.voucher.withdraw())

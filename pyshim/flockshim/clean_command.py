@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,7 @@ class Directory:
                 failed.append((name, error))
         try:
             cluster_list.perform_in(self._path, self._judge.bury(), counts.heed)
-            cluster_list.perform_in(self._path, self._judge.sweep(), counts.heed)
+            cluster_list.perform_in(self._path, self._judge.sweep(self._observer.keeper, sys.maxsize), counts.heed)
             keepers = map(keeper_of_vouching, cluster_list.perform_in(self._path, _list(vouching_name(""))))
             self.doubtful += sum(keeper is not None and self._observer.is_dead(keeper) is None for keeper in keepers)
         except OSError as error:

@@ -13,14 +13,13 @@ from flockshim.aliveness import Aliveness
 from flockshim.cluster import Lease
 from flockshim.cluster_names import LINEAGE_DIGITS, MAX_KEEPER, Names, keeper_of
 from flockshim.cluster_ops import Operation, Pause, Protocol, Read
-from flockshim.cluster_vouch import Judge, Voucher
+from flockshim.cluster_vouch import DEFAULT_LEASE, Judge, Voucher
 
 if TYPE_CHECKING:
     from flockshim.cluster_notes import Note
     from flockshim.cluster_state import Entry
     from flockshim.locking import Locker
 
-DEFAULT_LEASE = 90.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 0.1
 
 T = TypeVar("T")

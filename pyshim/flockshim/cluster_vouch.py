@@ -13,6 +13,8 @@ from flockshim.cluster_names import keeper_of, keeper_of_vouching, vouching_name
 from flockshim.cluster_ops import Create, List, Operation, Protocol, Read, Unlink, Write
 from flockshim.cluster_state import Entry
 
+DEFAULT_LEASE = 90.0
+"""The lease time, in seconds, where FLOCKSHIM_LEASE does not say another."""
 HEARTBEATS = 6
 """How often in a lease time a keeper vouches."""
 STOP = 0.6
@@ -83,6 +85,8 @@ class Judge:
         self._clock = clock
         self._is_dead = is_dead
         self._silences: dict[str, _Silence] = {}
+        # Those whose vouching files `sweep` watches.
+        self._suspects: set[str] | None = None
         self.found_dead: set[str] = set()
         """Keepers that were thought dead since `bury`."""
 
@@ -116,22 +120,39 @@ class Judge:
         """Forget what was observed of all but these."""
         self._silences = {key: silence for key, silence in self._silences.items() if key in tickets}
 
-    def sweep(self) -> Protocol[None]:
-        """Remove the vouching files of the dead, to be called as often as `dead`.
+    def sweep(self, own: str, most: int) -> Protocol[bool]:
+        """Remove the vouching files of the dead. Returns whether to call it again, as often as `dead`.
 
+        Of other domains, `most` are watched, those that come next after the keeper `own`: many observers share them.
         Harmless even if one of them lives: it writes its file anew, and others begin to count again.
         """
         names = yield List(vouching_name(""))
-        for name in names:
-            keeper = keeper_of_vouching(name)
-            if keeper is None:
-                continue
-            dead = self._is_dead(keeper)
-            if dead is None:
-                dead = yield from self._is_silent(name, keeper)
-            if dead:
+        keepers = sorted(keeper for keeper in map(keeper_of_vouching, names) if keeper)
+        keepers = [k for k in keepers if k > own] + [k for k in keepers if k < own]
+        if self._suspects is None:
+            self._suspects = set([keeper for keeper in keepers if self._is_dead(keeper) is None][:most])
+        self._suspects.intersection_update(keepers)
+        for keeper in keepers:
+            if self._is_dead(keeper) or (keeper in self._suspects and (yield from self._is_at_an_end(keeper))):
                 with contextlib.suppress(OSError):
-                    yield Unlink(name)
+                    yield Unlink(vouching_name(keeper))
+                self._suspects.discard(keeper)
+        if self._suspects:
+            return True
+        self._suspects = None
+        return False
+
+    def _is_at_an_end(self, keeper: str) -> Protocol[bool]:
+        """Return whether a suspect is dead; if it is seen to live, it is none any more."""
+        assert self._suspects is not None
+        name = vouching_name(keeper)
+        before = self._silences.get(name)
+        if (yield from self._is_silent(name, keeper)):
+            return True
+        after = self._silences.get(name)
+        if before and after and before.text != after.text:
+            self._suspects.discard(keeper)
+        return False
 
     def _is_silent(self, key: str, keeper: str) -> Protocol[bool]:
         silence = self._silences.get(key)

@@ -69,6 +69,10 @@ class Descriptions:
         """Return how many there are."""
         return len(self._items)
 
+    def any(self) -> Description | None:
+        """Return one of them."""
+        return self._items[0] if self._items else None
+
     def find(self, descriptor: int) -> Description | None:
         """Return the one that `descriptor` is a duplicate of."""
         index, found = self._search(descriptor)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flockshim.cluster_notes import Program
     from flockshim.host import Key
     from flockshim.lease_runner import Run
+    from flockshim.lease_worker import Place
 
 
 def clock() -> float:
@@ -27,16 +28,18 @@ class Directory:
     """What the leases of one directory share."""
 
     def __init__(
-        self, path: str, keeper: str, seconds: float, is_dead: Callable[[str], bool | None], told: Told
+        self, place: Place, keeper: str, seconds: float, is_dead: Callable[[str], bool | None], told: Told
     ) -> None:
         """`seconds` is the lease time."""
-        self.path = path
+        self.place = place
         self._told = told
         self.voucher = Voucher(keeper, seconds, clock, self._note)
         self.judge = Judge(seconds, clock, is_dead)
         self.leases: set[FileLease] = set()
         self.has_file = False
         self.vouching = False
+        # When to look next for vouching files of the dead; None: that is done.
+        self.sweep_at: float | None = 0.0
 
     def _note(self) -> str:
         programs = {os.path.basename(lease.path): self._told.programs(lease.key) for lease in self.leases}
@@ -61,6 +64,7 @@ class FileLease:
         "path",
         "run",
         "since",
+        "tries",
         "version",
         "wanted",
     )
@@ -77,6 +81,8 @@ class FileLease:
         self.mode: bool | None = None
         self.wanted: bool | None = None
         self.busy = False
+        # How often its directory was not the one that we had thought, since somebody asked.
+        self.tries = 0
         # The asking that is under way.
         self.run: Run | None = None
         # Somebody else was seen to hold since we began to ask.
@@ -94,6 +100,10 @@ class Told:
 
     def programs(self, key: Key) -> list[Program]:
         """Return the programs that hold the lock or wait for it."""
+        raise NotImplementedError
+
+    def place(self, key: Key) -> tuple[int, str]:
+        """Return a descriptor of the file, and its path. Raises OSError where nobody needs it any more."""
         raise NotImplementedError
 
     def changed(self, key: Key) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import heapq
 import json
@@ -13,12 +14,14 @@ import sys
 import time
 
 from flockshim.cluster_ops import Pause, Wait
+from flockshim.lease_worker import Enter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from typing import Any
 
+    from flockshim.lease_files import Directory
     from flockshim.loop import Loop
 
 MAX_PACKET = 1 << 20
@@ -42,7 +45,7 @@ class Run:
     def __init__(
         self,
         runner: Runner,
-        directory: str,
+        directory: Directory,
         generator: Generator[Any, Any, Any],
         ended: Callable[[Any, Exception | None], None],
         waiting: Callable[[], None],
@@ -129,7 +132,7 @@ class Runner:
 
     def run(
         self,
-        directory: str,
+        directory: Directory,
         generator: Generator[Any, Any, Any],
         ended: Callable[[Any, Exception | None], None],
         waiting: Callable[[], None] = lambda: None,
@@ -142,10 +145,11 @@ class Runner:
         run.step(lambda: next(generator))
         return run
 
-    def forget(self, directory: str) -> None:
+    def forget(self, directory: Directory) -> None:
         """Have the worker close what it has of a directory."""
         if self._worker:
-            self._worker.send(json.dumps([0, directory, "forget", []]).encode())
+            with contextlib.suppress(OSError):
+                self._worker.send(json.dumps([0, directory.place, "forget", []]).encode())
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Have something called once, at monotonic time `when` or soon after."""
@@ -163,9 +167,22 @@ class Runner:
     def perform(self, run: Run, operation: Any) -> None:
         """Have the worker do an operation of a run."""
         self._number += 1
-        self._pending[self._number] = run
-        packet = json.dumps([self._number, run.directory, type(operation).__name__, list(operation)]).encode()
-        self._connected().send(packet)
+        number, descriptors = self._number, []
+        arguments = list(operation)
+        if isinstance(operation, Enter):
+            descriptors = [arguments.pop()]
+        packet = json.dumps([number, run.directory.place, type(operation).__name__, arguments]).encode()
+        try:
+            socket.send_fds(self._connected(), [packet], descriptors)
+        except (BlockingIOError, ConnectionError):
+            # It is stopped, or has been killed, and `_lose` comes next.
+            self.at(time.monotonic() + FIRST_PAUSE, lambda: self.perform(run, operation))
+        except OSError as error:
+            # Without a process or a descriptor there is no worker. Not at once: whoever asks does not expect it yet.
+            failure = error
+            self.at(time.monotonic(), lambda: run.throw(failure))
+        else:
+            self._pending[number] = run
 
     def _connected(self) -> socket.socket:
         if self._worker is None:
@@ -188,6 +205,9 @@ class Runner:
             packet = self._worker.recv(MAX_PACKET)
         except BlockingIOError:
             return
+        except ConnectionError:
+            # What was sent to it has not been read.
+            packet = b""
         if not packet:
             self._lose()
             return
@@ -206,4 +226,4 @@ class Runner:
         self._process.wait()
         pending, self._pending = self._pending, {}
         for run in pending.values():
-            run.throw(WorkerLostError(errno.EIO, "the keeper's lease worker was killed", run.directory))
+            run.throw(WorkerLostError(errno.EIO, "the keeper's lease worker was killed", run.directory.place.path))

@@ -1,9 +1,9 @@
 """Performs the file operations of cluster mode for a keeper, which must never wait for a file server.
 
 Started as ``python -I -S lease_worker.py``, with one end of a SOCK_SEQPACKET pair as standard input. A request is a
-list: its number, the directory, the name of the operation (`cluster_ops`), its arguments. An answer: the number, the
-result, and the errno, if any, with its text and file. Each is performed in a thread of its own: one that hangs holds up
-no other.
+list: its number, the directory's (`Place`), the name of the operation (`cluster_ops`), its arguments. An answer: the
+number, the result, and the errno, if any, with its text and file. Each is performed in a thread of its own: one that
+hangs holds up no other.
 """
 
 from __future__ import annotations
@@ -21,19 +21,27 @@ if __name__ == "__main__":
 
 from typing import Any, NamedTuple
 
-from flockshim import cluster_files, cluster_ops
+from flockshim import cluster_files, cluster_ops, filesystems
 
 
 class Enter(NamedTuple):
-    """See whether `name` in the directory is the file of this device and inode; the result is false if it is not.
+    """See whether `name` is the file of this descriptor, in the directory that is at the place's path now.
 
-    Raises OSError EXDEV where the directory is on another device: beside the root of a mount nobody looks who has
-    mounted it elsewhere.
+    The result is the directory's st_dev and st_ino; None of a file that has no name any more. Raises OSError: ESTALE
+    where the file is not found so; EXDEV where the directory is on another device, since beside the root of a mount
+    nobody looks who has mounted it elsewhere; EOPNOTSUPP where no rename is atomic.
     """
 
     name: str
-    device: int
-    inode: int
+    descriptor: int
+
+
+class Place(NamedTuple):
+    """A directory: the keeper's number for it, which is never used again, its path, and its identity once `Enter`ed."""
+
+    number: int
+    path: str
+    identity: list[int] | None
 
 
 MAX_PACKET = 1 << 20
@@ -44,31 +52,37 @@ class _Directories:
 
     def __init__(self) -> None:
         self._mutex = threading.Lock()
-        self._open: dict[str, int] = {}
+        self._open: dict[int, int] = {}
         self._uses: dict[int, int] = {}
 
-    def use(self, path: str) -> int:
+    def use(self, place: Place) -> int:
         with self._mutex:
-            known = self._open.get(path)
+            known = self._open.get(place.number)
             if known is not None:
                 self._uses[known] += 1
                 return known
         # Not under the mutex, since it may hang.
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        descriptor = os.open(place.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if place.identity is not None and _identity(os.fstat(descriptor)) != place.identity:
+            # A worker before us had it open under this path; another directory is there now.
+            os.close(descriptor)
+            raise OSError(errno.ESTALE, "the directory was moved away", place.path)
         with self._mutex:
-            self._open.setdefault(path, descriptor)
-            self._uses[descriptor] = 1
-        return descriptor
+            used = self._open.setdefault(place.number, descriptor)
+            self._uses[used] = self._uses.get(used, 0) + 1
+        if used != descriptor:
+            os.close(descriptor)
+        return used
 
-    def leave(self, path: str, descriptor: int) -> None:
+    def leave(self, place: Place, descriptor: int) -> None:
         with self._mutex:
             self._uses[descriptor] -= 1
-            if not self._uses[descriptor] and self._open.get(path) != descriptor:
+            if not self._uses[descriptor] and self._open.get(place.number) != descriptor:
                 self._close(descriptor)
 
-    def forget(self, path: str) -> None:
+    def forget(self, place: Place) -> None:
         with self._mutex:
-            descriptor = self._open.pop(path, None)
+            descriptor = self._open.pop(place.number, None)
             if descriptor is not None and not self._uses[descriptor]:
                 self._close(descriptor)
 
@@ -83,15 +97,19 @@ class _Threads:
     def __init__(self, peer: socket.socket) -> None:
         self._peer = peer
         self._directories = _Directories()
-        self._requests: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[int, Place, Any]] = queue.SimpleQueue()
         self._idle = 0
         self._mutex = threading.Lock()
 
-    def take(self, request: list[Any]) -> None:
-        if request[2] == "forget":
-            self._directories.forget(request[1])
+    def take(self, request: list[Any], descriptors: list[int]) -> None:
+        number, place, name, arguments = request
+        if name == "forget":
+            self._directories.forget(Place(*place))
             return
-        self._requests.put(request)
+        operation: Any = (
+            Enter(*arguments, *descriptors) if name == Enter.__name__ else getattr(cluster_ops, name)(*arguments)
+        )
+        self._requests.put((number, Place(*place), operation))
         with self._mutex:
             if self._idle:
                 self._idle -= 1
@@ -104,32 +122,54 @@ class _Threads:
             with self._mutex:
                 self._idle += 1
 
-    def _perform(self, number: int, directory: str, name: str, arguments: list[Any]) -> None:
+    def _perform(self, number: int, place: Place, operation: Any) -> None:
         result, error = None, None
         try:
-            descriptor = self._directories.use(directory)
-            try:
-                result = _do(descriptor, name, arguments)
-            finally:
-                self._directories.leave(directory, descriptor)
+            result = self._enter(place, operation) if isinstance(operation, Enter) else self._do(place, operation)
         except OSError as failure:
             error = [failure.errno, failure.strerror, os.fspath(failure.filename or "")]
         self._peer.send(json.dumps([number, result, error]).encode())
 
+    def _do(self, place: Place, operation: Any) -> Any:
+        directory = self._directories.use(place)
+        try:
+            return cluster_files.perform(directory, operation)
+        finally:
+            self._directories.leave(place, directory)
 
-def _do(directory: int, name: str, arguments: list[Any]) -> Any:
-    if name == Enter.__name__:
-        return _enter(directory, Enter(*arguments))
-    return cluster_files.perform(directory, getattr(cluster_ops, name)(*arguments))
+    def _enter(self, place: Place, target: Enter) -> list[int] | None:
+        try:
+            status = os.fstat(target.descriptor)
+        finally:
+            os.close(target.descriptor)
+        if status.st_nlink == 0:
+            return None
+        directory = self._directories.use(place)
+        try:
+            return _entered(directory, place.path, target.name, status)
+        finally:
+            self._directories.leave(place, directory)
 
 
-def _enter(directory: int, target: Enter) -> bool:
-    if os.fstat(directory).st_dev != target.device:
-        raise OSError(errno.EXDEV, "it is the root of a mount", target.name)
+def _entered(directory: int, path: str, name: str, status: os.stat_result) -> list[int]:
+    identity = _identity(os.fstat(directory))
+    if identity[0] != status.st_dev:
+        raise OSError(errno.EXDEV, "it is the root of a mount", name)
     try:
-        return os.stat(target.name, dir_fd=directory, follow_symlinks=False).st_ino == target.inode
+        there = _identity(os.stat(path)) == identity
+        found = _identity(os.stat(name, dir_fd=directory, follow_symlinks=False)) == _identity(status)
     except FileNotFoundError:
-        return False
+        found = False
+    if not (there and found):
+        raise OSError(errno.ESTALE, "the file is not to be found under its name", f"{path}/{name}")
+    store = filesystems.object_store(filesystems.containing(path, status.st_dev, filesystems.mounted()))
+    if store:
+        raise OSError(errno.EOPNOTSUPP, f"{store} does not rename atomically", f"{path}/{name}")
+    return identity
+
+
+def _identity(status: os.stat_result) -> list[int]:
+    return [status.st_dev, status.st_ino]
 
 
 def main() -> None:
@@ -139,11 +179,11 @@ def main() -> None:
     peer = socket.socket(fileno=0)
     threads = _Threads(peer)
     while True:
-        packet = peer.recv(MAX_PACKET)
+        packet, descriptors, _, _ = socket.recv_fds(peer, MAX_PACKET, 1)
         if not packet:
             # Not through the interpreter's end, which would wait for threads that hang.
             os._exit(0)
-        threads.take(json.loads(packet))
+        threads.take(json.loads(packet), descriptors)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 
 from flockshim import cluster_notes
 from flockshim.cluster import Lease
 from flockshim.cluster_names import LINEAGE_DIGITS
-from flockshim.cluster_vouch import GAP, HEARTBEATS, Voucher
-from flockshim.lease_files import Directory, FileLease, Told, clock
+from flockshim.cluster_vouch import GAP
+from flockshim.lease_directories import Directories, is_gone
+from flockshim.lease_files import FileLease, Told, clock
 from flockshim.lease_runner import Runner, WorkerLostError
 from flockshim.lease_worker import Enter
 
@@ -29,10 +29,9 @@ if TYPE_CHECKING:
     Steps = Generator[Union[Operation, Enter], Any, T]
 
 HAND_OVERS = 16
-GONE = (errno.ENOENT, errno.ESTALE)
+# How often a file is looked for that is not where its path said.
+MOST_TRIES = 3
 LONGEST_POLL = 1.0
-# What is held, or waited for, for so long is worth a note for people.
-NOTE_SECONDS = 1.0
 # By then the note of a holder that has just begun must be there.
 LEARN_SECONDS = 3.0
 MOST_IDLE = 256
@@ -58,7 +57,7 @@ class Leases:
         self._predecessors = predecessors
         self._adopting = 0
         self._serial = 0
-        self._directories: dict[str, Directory] = {}
+        self._directories = Directories(self.runner, aliveness, seconds, told)
         self._files: dict[Key, FileLease] = {}
         # Those that nobody needs at the moment, the one that was used last at the end.
         self._idle: dict[tuple[Key, str], FileLease] = {}
@@ -71,16 +70,17 @@ class Leases:
         if idle:
             self._files[key] = idle
             return
+        self._files[key] = self._new(key, path)
+
+    def _new(self, key: Key, path: str) -> FileLease:
         parent, name = os.path.split(path)
-        directory = self._directories.get(parent)
-        if directory is None:
-            directory = Directory(parent, self._aliveness.keeper, self._seconds, self._aliveness.is_dead, self._told)
+        directory = self._directories.at(parent)
         lease = Lease(
             name, self._ticket, lambda: os.urandom(LINEAGE_DIGITS // 2).hex(), directory.judge, directory.voucher
         )
-        self._directories[parent] = directory
-        self._files[key] = FileLease(key, path, directory, lease)
-        directory.leases.add(self._files[key])
+        made = FileLease(key, path, directory, lease)
+        directory.leases.add(made)
+        return made
 
     def knows(self, key: Key) -> bool:
         """Return whether locks on this file need a lease."""
@@ -100,9 +100,7 @@ class Leases:
         self._adopting -= 1
         if not self._adopting:
             for keeper, descriptor in self._predecessors.items():
-                for directory in self._directories.values():
-                    left = Voucher(keeper, self._seconds, clock, str)
-                    self.runner.run(directory.path, left.withdraw(), lambda *_: None)
+                self._directories.withdraw_all_of(keeper)
                 os.close(descriptor)
             self._predecessors = {}
 
@@ -126,7 +124,22 @@ class Leases:
                 self._told.lost(lease.key)
             self._told.changed(lease.key)
 
-        self.runner.run(lease.directory.path, protocol(), ended)
+        self.runner.run(lease.directory, self._holding(lease, protocol), ended)
+
+    def _holding(self, lease: FileLease, protocol: Callable[[], Steps[bool]]) -> Steps[bool]:
+        try:
+            return (yield from protocol())
+        except OSError as error:
+            if not is_gone(error):
+                raise
+        # Whoever removes a directory in which he has locked a file (as uv does) holds what nobody else can find.
+        try:
+            yield from self._enter(lease)
+        except OSError as error:
+            if not is_gone(error):
+                raise
+            return False
+        return not lease.named
 
     def _ticket(self) -> str:
         self._serial += 1
@@ -176,7 +189,7 @@ class Leases:
             lease.holder = holder
 
         asking = cluster_notes.holder(state, os.path.basename(lease.path))
-        self.runner.run(lease.directory.path, asking, ended)
+        self.runner.run(lease.directory, asking, ended)
 
     def abandon(self, key: Key) -> None:
         """Nobody waits for the lease any more, for which was asked."""
@@ -213,11 +226,30 @@ class Leases:
 
     def _asking(self, lease: FileLease, exclusive: bool, blocking: bool) -> Steps[bool]:
         if lease.named is None:
-            lease.named = yield Enter(os.path.basename(lease.path), *lease.key)
+            yield from self._enter(lease)
         return (yield from lease.lease.acquire(exclusive, blocking)) if lease.named else True
 
+    def _enter(self, lease: FileLease) -> Steps[None]:
+        """Find out whether the path leads to the file, or the file has none any more. Raises OSError ESTALE if not."""
+        descriptor, _ = self._told.place(lease.key)
+        directory = lease.directory
+        identity = yield Enter(os.path.basename(lease.path), descriptor)
+        if identity:
+            directory.place = directory.place._replace(identity=identity)
+        lease.named = identity is not None
+
+    def _move(self, lease: FileLease) -> FileLease:
+        """Look anew where the file is: its directory was moved, removed, or made again. Raises OSError."""
+        self._directories.mistrust(lease.directory)
+        self._forget(lease)
+        path = self._told.place(lease.key)[1]
+        moved = self._files[lease.key] = self._new(lease.key, path)
+        moved.tries = lease.tries + 1
+        moved.wanted = lease.wanted
+        return moved
+
     def _succeeding(self, lease: FileLease) -> Steps[bool]:
-        lease.named = yield Enter(os.path.basename(lease.path), *lease.key)
+        yield from self._enter(lease)
         return (yield from lease.lease.adopt(self._predecessors)) if lease.named else True
 
     def _giving_back(self, lease: FileLease) -> Protocol[None]:
@@ -245,7 +277,7 @@ class Leases:
                 lost = isinstance(error, WorkerLostError)
                 self._release(lease, error if isinstance(error, OSError) and not lost else None)
                 return
-            lease.hand_overs = 0
+            lease.hand_overs = lease.tries = 0
             if granted:
                 lease.mode = exclusive
             else:
@@ -258,7 +290,7 @@ class Leases:
                 self._ask(lease)
                 self._told.changed(lease.key)
 
-        run = self.runner.run(lease.directory.path, self._asking(lease, exclusive, blocking), ended, waiting)
+        run = self.runner.run(lease.directory, self._asking(lease, exclusive, blocking), ended, waiting)
         if lease.busy:
             lease.run = run
 
@@ -267,7 +299,7 @@ class Leases:
         lease.mode = None
 
         def ended(_: None, error: Exception | None) -> None:
-            if isinstance(error, OSError) and error.errno in GONE:
+            if error and is_gone(error):
                 # uv removes whole directories in which it has locked a file: there is nothing to give back.
                 lease.named = error = None
             if error:
@@ -276,19 +308,30 @@ class Leases:
             else:
                 lease.busy = False
             if cause:
-                # Something may be otherwise than it was when we looked at it.
-                lease.named = None
-                self._told.failed(lease.key, cause)
+                self._failed(lease, cause)
             elif not error:
                 self._told.changed(lease.key)
 
-        self.runner.run(lease.directory.path, self._giving_back(lease), ended)
+        self.runner.run(lease.directory, self._giving_back(lease), ended)
 
-    # Vouching
+    def _failed(self, lease: FileLease, cause: OSError) -> None:
+        # Something may be otherwise than it was when we looked at it.
+        lease.named = None
+        if is_gone(cause) and lease.tries < MOST_TRIES and not lease.busy:
+            try:
+                lease = self._move(lease)
+            except OSError:
+                lease.tries = 0
+            else:
+                self._told.changed(lease.key)
+                return
+        lease.tries = 0
+        self._told.failed(lease.key, cause)
+
+    # What happens without being asked for
 
     def tick(self) -> None:
-        """Vouch where something is held or waited for longer than a heartbeat; stop vouching where nothing is."""
-        heartbeat = self._seconds / HEARTBEATS
+        """Once a second: see that nobody runs on whom others may think dead."""
         now = clock()
         for place, lease in list(self._idle.items()):
             if now - lease.since >= IDLE_SECONDS:
@@ -298,46 +341,11 @@ class Leases:
                 self._confirm(lease, lease.lease.confirm)
             elif self.is_refused(lease.key):
                 self._ask(lease)
-        for directory in list(self._directories.values()):
-            entries = [lease for lease in directory.leases if lease.mode is not None or lease.busy]
-            age = heartbeat if directory.has_file else min(heartbeat, NOTE_SECONDS)
-            old = any(now - lease.since >= age for lease in entries)
-            if directory.vouching:
-                continue
-            if directory.judge.found_dead:
-                self.runner.run(directory.path, directory.judge.bury(), lambda *_: None)
-            if old:
-                self._vouch(directory, heartbeat)
-            elif directory.has_file and not entries:
-                self._withdraw(directory)
-            elif not directory.leases:
-                del self._directories[directory.path]
-                self.runner.forget(directory.path)
-
-    def _vouch(self, directory: Directory, heartbeat: float) -> None:
-        directory.vouching = directory.has_file = True
-
-        def ended(_: None, error: Exception | None) -> None:
-            directory.vouching = False
-            if not error:
-                for lease in directory.leases:
-                    lease.since = max(lease.since, clock())
-
-        self.runner.run(directory.path, directory.voucher.vouch(), ended)
-
-    def _withdraw(self, directory: Directory) -> None:
-        directory.vouching = True
-
-        def ended(_: None, error: Exception | None) -> None:
-            directory.vouching = False
-            directory.has_file = error is not None
-
-        self.runner.run(directory.path, directory.voucher.withdraw(), ended)
+        self._directories.tick(now)
 
     def is_idle(self) -> bool:
         """Return whether nothing is held, asked for, or left to be removed."""
-        busy = (d.has_file or d.vouching or d.judge.found_dead for d in self._directories.values())
-        return not self._files and not any(busy)
+        return not self._files and self._directories.is_idle()
 
     def close(self) -> None:
         """The keeper leaves."""

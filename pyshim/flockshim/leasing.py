@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from flockshim import holders, holding_programs
 from flockshim._native import lib
 from flockshim.aliveness import Aliveness
 from flockshim.cluster_notes import Program
+from flockshim.cluster_vouch import DEFAULT_LEASE
 from flockshim.lease_files import Told
 from flockshim.leases import Leases
 
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from flockshim.loop import Loop
     from flockshim.programs import Connection
 
-LEASE_SECONDS = float(os.environ.get("FLOCKSHIM_LEASE") or 90.0)
+LEASE_SECONDS = float(os.environ.get("FLOCKSHIM_LEASE") or DEFAULT_LEASE)
 
 
 def _path(description: Description) -> str:
@@ -77,6 +79,14 @@ class Leasing(Told):
         waiting = [(one.context.pid, one.exclusive, True, began + one.since) for one in file.lock.queue]
         return [Program(pid, holders.command_of(pid), *more) for pid, *more in held + waiting]
 
+    def place(self, key: Key) -> tuple[int, str]:
+        """Return a descriptor of the file, and its path. Raises OSError where nobody needs it any more."""
+        file = self._service.files.get(key)
+        description = file.descriptions.any() if file else None
+        if description is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"device {key[0]} inode {key[1]}")
+        return description.descriptor, _path(description)
+
     def changed(self, key: Key) -> None:
         """Serve those who could not be served without the lease."""
         service = self._service
@@ -98,6 +108,8 @@ class Leasing(Told):
         service = self._service
         file = service.files.get(key)
         if file is None:
+            assert service.files.leases
+            service.files.leases.give_back(key)
             return
         text = cannot_lease(error)
         service.undecided.refuse(file, text)
