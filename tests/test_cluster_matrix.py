@@ -28,16 +28,28 @@ LEASE = 3.0
 HEARTBEAT = LEASE / 6
 FOR_LONG = 1.25 * LEASE
 """Seconds in which a lock that is thought to be a dead one's is taken away."""
+FOR_EVER = 600.0
+"""A lease time that no test outlasts."""
 
 
-@pytest.fixture
-def site(nolock_dir: Path) -> Iterator[Site]:
+def _site(directory: Path, lease: float) -> Iterator[Site]:
     require_hosts()
-    site = Site(nolock_dir, LEASE)
+    site = Site(directory, lease)
     try:
         yield site
     finally:
         site.end()
+
+
+@pytest.fixture
+def site(nolock_dir: Path) -> Iterator[Site]:
+    yield from _site(nolock_dir, LEASE)
+
+
+@pytest.fixture
+def patient_site(nolock_dir: Path) -> Iterator[Site]:
+    """One where nothing that happens is owed to the lease time."""
+    yield from _site(nolock_dir, FOR_EVER)
 
 
 class Pair:
@@ -45,6 +57,7 @@ class Pair:
 
     def __init__(self, site: Site, name: str, holding: Host, waiting: Host) -> None:
         """NAME is the locked file's."""
+        self.host = holding
         self.here, self.there = site.world(holding), site.world(waiting)
         self.path = self.here.file(name)
         self.holder, self.held = self.here.opened(name)
@@ -71,23 +84,23 @@ def pair(site: Site) -> Pair:
 
 def report(what: str, since: float) -> None:
     """Print what was measured; it is not asserted."""
-    print(f"{what}: {time.monotonic() - since:.2f} s (lease {LEASE} s)")
+    print(f"{what}: {time.monotonic() - since:.2f} s")
 
 
 # Dead ones
 
 
-def test_a_holder_is_killed(site: Site) -> None:
-    it = pair(site)
+def test_a_holder_is_killed(patient_site: Site) -> None:
+    it = pair(patient_site)
     killed = time.monotonic()
     it.holder.kill()
     assert it.waiter.result() == OK
     report("holder killed", killed)
 
 
-def test_a_holder_is_a_zombie(site: Site) -> None:
+def test_a_holder_is_a_zombie(patient_site: Site) -> None:
     """Its pid is still there, and its parent too."""
-    here, there = site.world(site.host("one")), site.world(site.host("other"))
+    here, there = patient_site.world(patient_site.host("one")), patient_site.world(patient_site.host("other"))
     path = here.file()
     parent = here.start()
     holder = parent.fork()
@@ -101,18 +114,6 @@ def test_a_holder_is_a_zombie(site: Site) -> None:
     assert waiter.result() == OK
     report("holder a zombie", ended)
     assert is_zombie(holder.pid)
-
-
-def test_a_holders_host_is_gone(site: Site) -> None:
-    """Not before the lease is over: the host that waits has seen nothing new for so long."""
-    it = pair(site)
-    await_true(lambda: last_vouched(it.path) > 0, "the holder to vouch")
-    gone = time.monotonic()
-    site.hosts[0].end()
-    vouched = last_vouched(it.path)
-    assert it.waiter.result() == OK
-    assert time.time() - vouched >= LEASE
-    report("holder's host gone", gone)
 
 
 def test_a_refusal_does_not_wait_for_the_lease(site: Site) -> None:
@@ -202,38 +203,124 @@ def test_a_live_holder_keeps_its_lock(site: Site) -> None:
     assert site.errors() == ""
 
 
-def test_a_dead_sibling_with_the_same_shm_is_known_at_once(site: Site) -> None:
+def test_a_dead_sibling_with_the_same_shm_is_known_at_once(patient_site: Site) -> None:
     """A host's entries whose keeper is gone are those of the dead for all that share its /dev/shm."""
-    it = Pair(site, "file", *_sibling_with_the_same_shm(site))
+    it = Pair(patient_site, "file", *_sibling_with_the_same_shm(patient_site))
     it.begin()
     it.there.await_blocked(it.waiter)
     gone = time.monotonic()
-    site.hosts[0].end()
+    it.host.end()
     assert it.waiter.result() == OK
     report("holder's pid namespace gone", gone)
 
 
-def test_a_host_is_frozen_past_its_lease_and_goes_on(site: Site) -> None:
-    """Its lock was taken meanwhile: the holder must not go on with it, and is told why."""
-    it = pair(site)
-    await_true(lambda: last_vouched(it.path) > 0, "the holder to vouch")
-    frozen = time.monotonic()
-    site.hosts[0].freeze()
-    vouched = last_vouched(it.path)
-    assert it.waiter.result() == OK
-    assert time.time() - vouched >= LEASE
-    report("holder's host frozen", frozen)
-    holder = it.holder
-    site.hosts[0].thaw()
+# Those of whom nothing is heard for a lease time
+
+
+class Silent(Pair):
+    """A pair whose holder has vouched, and does so no more."""
+
+    def __init__(self, site: Site, what: str, slow: bool = False) -> None:
+        """WHAT is told of it."""
+        name = what.replace(" ", "-")
+        super().__init__(site, name, site.host(name, slow=slow), site.host("other"))
+        self.what = what
+        self.vouched = 0.0
+        self.since = 0.0
+        self.taken = 0.0
+
+    def begin(self) -> None:
+        super().begin()
+        await_waiting(self.path, 1)
+        await_true(lambda: last_vouched(self.path) > 0, "the holder to vouch")
+
+    def is_silent(self) -> None:
+        """From now on."""
+        self.vouched, self.since = last_vouched(self.path), time.monotonic()
+
+    def is_taken(self) -> bool:
+        """Whether the waiter has the lock; this must be looked at often, since it tells when that was."""
+        if not self.taken and self.granted():
+            self.taken = time.time()
+            report(f"holder's {self.what}", self.since)
+        return self.taken > 0
+
+
+def _signal(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        os.kill(pid, number)
+    if number == signal.SIGSTOP:
+        await_true(lambda: all(map(is_stopped, pids)), f"{pids} to stop")
+
+
+def test_a_host_of_which_nothing_is_heard_loses_its_lock(site: Site) -> None:
+    """All of these at once, because each takes a lease time, and not less.
+
+    What goes on later must not go on with the lock, and is told why.
+    """
+    gone, frozen = Silent(site, "host gone"), Silent(site, "host frozen")
+    keeper_frozen = Silent(site, "keeper frozen")
+    giving_back = Silent(site, "host frozen while it gives back", slow=True)
+    silent = [gone, frozen, keeper_frozen, giving_back]
+    for it in silent:
+        it.begin()
+    gate = giving_back.host.shm / "stop-before-rename"
+    gate.touch()
+    late = giving_back.holder.flock_later(giving_back.held, UN)
+    _stopped_worker(giving_back.host)
+    gate.unlink()
+    gone.host.end()
+    frozen.host.freeze()
+    giving_back.host.freeze()
+    keeper = keeper_frozen.host.running("flockshim/keeper.py")
+    _signal(keeper, signal.SIGSTOP)
+    for it in silent:
+        it.is_silent()
+    await_true(lambda: all([it.is_taken() for it in silent]), "all the locks to be taken")
+    assert [it.what for it in silent if it.taken - it.vouched < LEASE] == []
+    assert site.errors() == ""
+
+    states = [recorded(it.path) for it in silent]
+    frozen.host.thaw()
+    giving_back.host.thaw()
+    _signal(keeper, signal.SIGCONT)
+    assert late.result() == OK
+    for it in frozen, keeper_frozen:
+        await_end(it.holder.pid)
+        assert f"the lock on {it.path} was lost" in site.errors()
+    assert [recorded(it.path) for it in silent] == states
+
+    # The old hosts are not lost for good.
+    for it in frozen, keeper_frozen, giving_back:
+        again, wanted = it.here.opened(it.path.name)
+        assert again.flock(wanted, EX | NB) == BUSY
+        waiter = again.flock_later(wanted, EX)
+        await_waiting(it.path, 1)
+        assert it.other.flock(it.wanted, UN) == OK
+        assert waiter.result() == OK
+
+
+def test_a_holder_that_cannot_be_vouched_for_is_stopped(site: Site) -> None:
+    """Its host lives, but cannot write. It may go on when that is over, if nobody has taken its lock."""
+    host = site.host("cut-off")
+    here, there = site.world(host), site.world(site.host("other"))
+    path = here.file()
+    holder, held = here.opened()
+    kept, also_held = here.opened("kept")
+    assert holder.flock(held, EX) == OK
+    assert kept.flock(also_held, EX) == OK
+    (worker,) = host.running("lease_worker.py")
+    _signal([worker], signal.SIGSTOP)
+    await_true(lambda: is_stopped(holder.pid) and is_stopped(kept.pid), "the holders to be stopped")
+    other, wanted = there.opened()
+    assert other.flock(wanted, EX) == OK
+    assert is_stopped(holder.pid)
+    os.kill(worker, signal.SIGCONT)
     await_end(holder.pid)
-    await_true(lambda: "lost" in site.errors(), "the program to be told")
-    # The new holder is not disturbed, and the old host not lost for good.
-    again, wanted = it.here.opened()
-    assert again.flock(wanted, EX | NB) == BUSY
-    waiter = again.flock_later(wanted, EX)
-    await_waiting(it.path, 1)
-    assert it.other.flock(it.wanted, UN) == OK
-    assert waiter.result() == OK
+    assert not there.free(path.with_name("kept"))
+    assert kept.flock(also_held, UN) == OK
+    (line,) = site.errors().splitlines()
+    assert f"the lock on {path} was lost" in line
 
 
 # One that comes late
@@ -258,10 +345,10 @@ def _change(driver: Driver, fd: int, times: int) -> None:
 
 
 @pytest.mark.parametrize("operation", ["link", "rename"])
-def test_a_client_starts_slowly_and_joins_after_many_changes(site: Site, operation: str) -> None:
+def test_a_client_starts_slowly_and_joins_after_many_changes(patient_site: Site, operation: str) -> None:
     """What it does then is what it meant to do when it looked: claim the birth, or take the lock as it was."""
-    slow, quick = site.host("slow", slow=True), site.host("quick")
-    here, there = site.world(slow), site.world(quick)
+    slow, quick = patient_site.host("slow", slow=True), patient_site.host("quick")
+    here, there = patient_site.world(slow), patient_site.world(quick)
     path = here.file()
     late, wanted = here.opened()
     other, held = there.opened()
@@ -283,15 +370,17 @@ def test_a_client_starts_slowly_and_joins_after_many_changes(site: Site, operati
     assert waiter.result() == OK
     assert other.flock(held, EX | NB) == BUSY
     assert late.flock(wanted, UN) == OK
-    assert site.errors() == ""
+    assert patient_site.errors() == ""
     await_true(lambda: undocumented(path) == [], "only the documented files to be there")
 
 
 @pytest.mark.parametrize("operation", ["link", "rename"])
-def test_the_process_that_does_the_file_operations_is_killed_in_the_middle_of_one(site: Site, operation: str) -> None:
+def test_the_process_that_does_the_file_operations_is_killed_in_the_middle_of_one(
+    patient_site: Site, operation: str
+) -> None:
     """What it was doing may have been done or not; the keeper finds out, and the program need not know."""
-    host = site.host("one", slow=True)
-    here = site.world(host)
+    host = patient_site.host("one", slow=True)
+    here = patient_site.world(host)
     path = here.file()
     driver, fd = here.opened()
     gate = host.shm / f"stop-before-{operation}"
@@ -301,19 +390,19 @@ def test_the_process_that_does_the_file_operations_is_killed_in_the_middle_of_on
     gate.unlink()
     os.kill(worker, signal.SIGKILL)
     assert call.result() == OK
-    there = site.world(site.host("other"))
+    there = patient_site.world(patient_site.host("other"))
     assert not there.free(path)
     assert driver.flock(fd, UN) == OK
     assert there.free(path)
-    assert site.errors() == ""
+    assert patient_site.errors() == ""
 
 
 def _readers(world: World, count: int) -> list[tuple[Driver, int]]:
     return [world.opened() for _ in range(count)]
 
 
-def test_readers_of_several_hosts_share_and_a_writer_waits_for_all(site: Site) -> None:
-    worlds = [site.world(site.host(f"node{number}")) for number in range(3)]
+def test_readers_of_several_hosts_share_and_a_writer_waits_for_all(patient_site: Site) -> None:
+    worlds = [patient_site.world(patient_site.host(f"node{number}")) for number in range(3)]
     path = worlds[0].file()
     readers = [reader for world in worlds[:2] for reader in _readers(world, 2)]
     for driver, fd in readers:

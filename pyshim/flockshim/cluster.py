@@ -52,11 +52,13 @@ class Lease:
         new_lineage: Callable[[], str],
         judge: Judge,
         voucher: Voucher,
+        is_used: Callable[[str], bool] = lambda _: False,
     ) -> None:
         """`target` is a name in the directory. All that a keeper has in one directory share `judge` and `voucher`.
 
         `new_ticket` returns `KEEPER-SERIAL`, never the same twice; `new_lineage` LINEAGE_DIGITS random hexadecimal
-        digits. Raises OSError ENAMETOOLONG.
+        digits. `is_used` tells whether another Lease of this keeper has a ticket: of another file of the same name, one
+        that has replaced the other or is on another mount. Raises OSError ENAMETOOLONG.
         """
         self._target = target
         self._names = Names(target)
@@ -64,6 +66,7 @@ class Lease:
         self._new_lineage = new_lineage
         self._judge = judge
         self._voucher = voucher
+        self._is_used = is_used
         self._lineage: str | None = None
         # The state as last known, the name it had, and the version that it has reached at least.
         self._state: State | None = None
@@ -86,9 +89,19 @@ class Lease:
         entry = self._own(self._state.holders) if self._state else None
         return entry.granted if entry else 0
 
+    def uses(self, ticket: str) -> bool:
+        """Return whether an entry of this ticket is what this Lease holds or waits by."""
+        return ticket in self._made
+
     def still_mine(self, now: float) -> bool:
-        """Return whether holders may run on; if not, they wait until `confirm` says so. `now` is of CLOCK_BOOTTIME."""
-        entry = self._own(self._state.holders) if self._state else None
+        """Return whether holders may run on; if not, they wait until `confirm` says so. `now` is of CLOCK_BOOTTIME.
+
+        The keeper holds, as far as it knows.
+        """
+        if self._state is None:
+            # It is being read again.
+            return bool(self._made) and not self._voucher.must_stop(min(self._made.values()), now)
+        entry = self._own(self._state.holders)
         return entry is not None and not self._voucher.must_stop(self._made[entry.ticket], now)
 
     # What a keeper does.
@@ -181,8 +194,8 @@ class Lease:
 
     def _stale(self, state: State) -> set[str]:
         """Return what an earlier `acquire` of this keeper has left behind."""
-        keeper = self._voucher.keeper
-        return {e.ticket for e in state.entries() if keeper_of(e.ticket) == keeper and e.ticket not in self._made}
+        ours = {e.ticket for e in state.entries() if keeper_of(e.ticket) == self._voucher.keeper}
+        return {ticket for ticket in ours if not self.uses(ticket) and not self._is_used(ticket)}
 
     def _must_confirm(self, own: Entry) -> bool:
         return self._voucher.must_stop(self._made[own.ticket], self._voucher.clock())

@@ -59,8 +59,10 @@ class Files(dict["Key", File]):
         # This host first, so that of its keepers one asks the others.
         if not self._host.permit(key, exclusive, barging):
             return False
-        file = self.get(key)
-        return self.leases is None or self.leases.permit(key, exclusive, not barging or bool(file and file.lock.queue))
+        if self.leases is None:
+            return True
+        lock = self[key].lock
+        return self.leases.permit(key, exclusive, not barging or bool(lock.queue), bool(lock.holders), barging)
 
     def holds(self, description: Description) -> bool:
         """Return whether a description holds a lock."""

@@ -53,8 +53,10 @@ class FileLease:
     __slots__ = (
         "asked",
         "busy",
+        "closing",
         "contended",
         "directory",
+        "giving",
         "hand_overs",
         "holder",
         "key",
@@ -81,6 +83,8 @@ class FileLease:
         self.mode: bool | None = None
         self.wanted: bool | None = None
         self.busy = False
+        # It is being given back, or perhaps.
+        self.giving = False
         # How often its directory was not the one that we had thought, since somebody asked.
         self.tries = 0
         # The asking that is under way.
@@ -91,7 +95,9 @@ class FileLease:
         self.holder: str | None = None
         self.version = -1
         self.asked = clock()
+        # How often it was passed on in this host; and that somebody elsewhere waits, so readers may not join for ever.
         self.hand_overs = 0
+        self.closing = False
         self.since = clock()
 
 

@@ -49,6 +49,7 @@ class Run:
         generator: Generator[Any, Any, Any],
         ended: Callable[[Any, Exception | None], None],
         waiting: Callable[[], None],
+        stays: bool,
     ) -> None:
         """See `Runner.run`."""
         self._runner = runner
@@ -56,6 +57,7 @@ class Run:
         self._generator = generator
         self._ended = ended
         self._waiting = waiting
+        self.stays = stays
         self._cancelled = False
         self._over = False
         self._resumes = False
@@ -136,12 +138,14 @@ class Runner:
         generator: Generator[Any, Any, Any],
         ended: Callable[[Any, Exception | None], None],
         waiting: Callable[[], None] = lambda: None,
+        stays: bool = False,
     ) -> Run:
         """Run a generator to its end: `ended` gets its result, or the OSError or CancelledError that has ended it.
 
-        `waiting` is called each time before it waits in the queue.
+        `waiting` is called each time before it waits in the queue. If it must be that the directory `stays` where it is, an
+        operation after it was moved fails with ESTALE.
         """
-        run = Run(self, directory, generator, ended, waiting)
+        run = Run(self, directory, generator, ended, waiting, stays)
         run.step(lambda: next(generator))
         return run
 
@@ -149,7 +153,7 @@ class Runner:
         """Have the worker close what it has of a directory."""
         if self._worker:
             with contextlib.suppress(OSError):
-                self._worker.send(json.dumps([0, directory.place, "forget", []]).encode())
+                self._worker.send(json.dumps([0, directory.place, False, "forget", []]).encode())
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Have something called once, at monotonic time `when` or soon after."""
@@ -171,7 +175,8 @@ class Runner:
         arguments = list(operation)
         if isinstance(operation, Enter):
             descriptors = [arguments.pop()]
-        packet = json.dumps([number, run.directory.place, type(operation).__name__, arguments]).encode()
+        name = type(operation).__name__
+        packet = json.dumps([number, run.directory.place, run.stays, name, arguments]).encode()
         try:
             socket.send_fds(self._connected(), [packet], descriptors)
         except (BlockingIOError, ConnectionError):

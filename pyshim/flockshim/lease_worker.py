@@ -1,9 +1,9 @@
 """Performs the file operations of cluster mode for a keeper, which must never wait for a file server.
 
 Started as ``python -I -S lease_worker.py``, with one end of a SOCK_SEQPACKET pair as standard input. A request is a
-list: its number, the directory's (`Place`), the name of the operation (`cluster_ops`), its arguments. An answer: the
-number, the result, and the errno, if any, with its text and file. Each is performed in a thread of its own: one that
-hangs holds up no other.
+list: its number, the directory (`Place`), whether that must still have the path at which it was opened (else ESTALE),
+the name of the operation (`cluster_ops`), its arguments. An answer: the number, the result, and the errno, if any, with
+its text and file. Each is performed in a thread of its own: one that hangs holds up no other.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ class _Directories:
         self._mutex = threading.Lock()
         self._open: dict[int, int] = {}
         self._uses: dict[int, int] = {}
+        self._paths: dict[int, str] = {}
 
     def use(self, place: Place) -> int:
         with self._mutex:
@@ -70,6 +71,7 @@ class _Directories:
         with self._mutex:
             used = self._open.setdefault(place.number, descriptor)
             self._uses[used] = self._uses.get(used, 0) + 1
+            self._paths.setdefault(used, _path(used))
         if used != descriptor:
             os.close(descriptor)
         return used
@@ -80,6 +82,10 @@ class _Directories:
             if not self._uses[descriptor] and self._open.get(place.number) != descriptor:
                 self._close(descriptor)
 
+    def is_moved(self, descriptor: int) -> bool:
+        """Return whether one that is in use has another path now, as far as this host knows: no server is asked."""
+        return self._paths[descriptor] != _path(descriptor)
+
     def forget(self, place: Place) -> None:
         with self._mutex:
             descriptor = self._open.pop(place.number, None)
@@ -87,7 +93,7 @@ class _Directories:
                 self._close(descriptor)
 
     def _close(self, descriptor: int) -> None:
-        del self._uses[descriptor]
+        del self._uses[descriptor], self._paths[descriptor]
         os.close(descriptor)
 
 
@@ -97,19 +103,19 @@ class _Threads:
     def __init__(self, peer: socket.socket) -> None:
         self._peer = peer
         self._directories = _Directories()
-        self._requests: queue.SimpleQueue[tuple[int, Place, Any]] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[tuple[int, Place, bool, Any]] = queue.SimpleQueue()
         self._idle = 0
         self._mutex = threading.Lock()
 
     def take(self, request: list[Any], descriptors: list[int]) -> None:
-        number, place, name, arguments = request
+        number, place, stays, name, arguments = request
         if name == "forget":
             self._directories.forget(Place(*place))
             return
         operation: Any = (
             Enter(*arguments, *descriptors) if name == Enter.__name__ else getattr(cluster_ops, name)(*arguments)
         )
-        self._requests.put((number, Place(*place), operation))
+        self._requests.put((number, Place(*place), stays, operation))
         with self._mutex:
             if self._idle:
                 self._idle -= 1
@@ -122,17 +128,22 @@ class _Threads:
             with self._mutex:
                 self._idle += 1
 
-    def _perform(self, number: int, place: Place, operation: Any) -> None:
+    def _perform(self, number: int, place: Place, stays: bool, operation: Any) -> None:
         result, error = None, None
         try:
-            result = self._enter(place, operation) if isinstance(operation, Enter) else self._do(place, operation)
+            if isinstance(operation, Enter):
+                result = self._enter(place, operation)
+            else:
+                result = self._do(place, stays, operation)
         except OSError as failure:
             error = [failure.errno, failure.strerror, os.fspath(failure.filename or "")]
         self._peer.send(json.dumps([number, result, error]).encode())
 
-    def _do(self, place: Place, operation: Any) -> Any:
+    def _do(self, place: Place, stays: bool, operation: Any) -> Any:
         directory = self._directories.use(place)
         try:
+            if stays and self._directories.is_moved(directory):
+                raise OSError(errno.ESTALE, "the directory was moved away", place.path)
             return cluster_files.perform(directory, operation)
         finally:
             self._directories.leave(place, directory)
@@ -166,6 +177,10 @@ def _entered(directory: int, path: str, name: str, status: os.stat_result) -> li
     if store:
         raise OSError(errno.EOPNOTSUPP, f"{store} does not rename atomically", f"{path}/{name}")
     return identity
+
+
+def _path(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
 
 
 def _identity(status: os.stat_result) -> list[int]:

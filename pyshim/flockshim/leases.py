@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from flockshim.aliveness import Aliveness
     from flockshim.cluster_ops import Operation, Protocol
+    from flockshim.cluster_state import State
     from flockshim.host import Key
     from flockshim.loop import Loop
 
@@ -75,9 +76,7 @@ class Leases:
     def _new(self, key: Key, path: str) -> FileLease:
         parent, name = os.path.split(path)
         directory = self._directories.at(parent)
-        lease = Lease(
-            name, self._ticket, lambda: os.urandom(LINEAGE_DIGITS // 2).hex(), directory.judge, directory.voucher
-        )
+        lease = Lease(name, self._ticket, _new_lineage, directory.judge, directory.voucher, self._is_used)
         made = FileLease(key, path, directory, lease)
         directory.leases.add(made)
         return made
@@ -141,20 +140,28 @@ class Leases:
             return False
         return not lease.named
 
+    def _is_used(self, ticket: str) -> bool:
+        return any(one.lease.uses(ticket) for one in self._files.values())
+
     def _ticket(self) -> str:
         self._serial += 1
         return f"{self._aliveness.keeper}-{self._serial}"
 
-    def permit(self, key: Key, exclusive: bool, blocking: bool) -> bool:
-        """Return whether a lock of this mode may be held now; if not, it is asked for."""
+    def permit(self, key: Key, exclusive: bool, blocking: bool, held: bool, barging: bool) -> bool:
+        """Return whether a lock of this mode may be held now; if not, it is asked for.
+
+        `held`: others of this host have the lock, so that the lease must stay. `barging`: see `Host.permit`.
+        """
         lease = self._files.get(key)
         if lease is None:
             return True
         if lease.mode == exclusive and not lease.busy:
             lease.hand_overs += 1
-            if lease.hand_overs <= HAND_OVERS:
+            if lease.hand_overs <= HAND_OVERS or (held and (barging or not lease.closing)):
                 return True
         lease.wanted = exclusive
+        if held:
+            return False
         self._advance(lease, blocking)
         return False
 
@@ -162,6 +169,11 @@ class Leases:
         """Return whether `changed` or `failed` will be called."""
         lease = self._files.get(key)
         return lease is not None and lease.busy
+
+    def is_giving_back(self, key: Key) -> bool:
+        """Return whether `changed` will be called when it is given back, or need not be."""
+        lease = self._files.get(key)
+        return lease is not None and lease.giving
 
     def is_refused(self, key: Key) -> bool:
         """Return whether others hold what was asked for last."""
@@ -259,7 +271,9 @@ class Leases:
     def _advance(self, lease: FileLease, blocking: bool) -> None:
         if lease.busy:
             return
-        if lease.mode is not None:
+        if lease.mode is not None and lease.mode == lease.wanted and lease.named and not lease.closing:
+            self._see_who_waits(lease)
+        elif lease.mode is not None:
             self._release(lease)
         elif lease.wanted is not None:
             self._acquire(lease, lease.wanted, blocking)
@@ -278,6 +292,7 @@ class Leases:
                 self._release(lease, error if isinstance(error, OSError) and not lost else None)
                 return
             lease.hand_overs = lease.tries = 0
+            lease.closing = False
             if granted:
                 lease.mode = exclusive
             else:
@@ -290,12 +305,12 @@ class Leases:
                 self._ask(lease)
                 self._told.changed(lease.key)
 
-        run = self.runner.run(lease.directory, self._asking(lease, exclusive, blocking), ended, waiting)
+        run = self.runner.run(lease.directory, self._asking(lease, exclusive, blocking), ended, waiting, True)
         if lease.busy:
             lease.run = run
 
     def _release(self, lease: FileLease, cause: OSError | None = None) -> None:
-        lease.busy = True
+        lease.busy = lease.giving = True
         lease.mode = None
 
         def ended(_: None, error: Exception | None) -> None:
@@ -306,7 +321,7 @@ class Leases:
                 # Our entry must go, whatever the server does now: others would wait for it for a lease time.
                 self.runner.at(time.monotonic() + 1.0, lambda: self._release(lease))
             else:
-                lease.busy = False
+                lease.busy = lease.giving = False
             if cause:
                 self._failed(lease, cause)
             elif not error:
@@ -337,11 +352,30 @@ class Leases:
             if now - lease.since >= IDLE_SECONDS:
                 self._forget(self._idle.pop(place))
         for lease in list(self._files.values()):
-            if lease.mode is not None and lease.named and not lease.busy and not lease.lease.still_mine(now):
-                self._confirm(lease, lease.lease.confirm)
+            holds = lease.mode is not None and lease.named
+            if holds and not lease.lease.still_mine(now):
+                if lease.busy:
+                    self._told.doubted(lease.key)
+                else:
+                    self._confirm(lease, lease.lease.confirm)
+            elif holds and not lease.busy and not lease.closing and lease.hand_overs > HAND_OVERS:
+                self._see_who_waits(lease)
             elif self.is_refused(lease.key):
                 self._ask(lease)
         self._directories.tick(now)
+
+    def _see_who_waits(self, lease: FileLease) -> None:
+        """Those of this host who follow each other must not keep out for ever who waits on another."""
+        lease.busy = lease.giving = True
+
+        def ended(state: State | None, _: Exception | None) -> None:
+            lease.busy = lease.giving = False
+            lease.closing = state is not None and bool(state.queue)
+            if not lease.closing:
+                lease.hand_overs = 0
+            self._told.changed(lease.key)
+
+        self.runner.run(lease.directory, lease.lease.refresh(), ended)
 
     def is_idle(self) -> bool:
         """Return whether nothing is held, asked for, or left to be removed."""
@@ -351,3 +385,7 @@ class Leases:
         """The keeper leaves."""
         with contextlib.suppress(OSError):
             self._aliveness.end()
+
+
+def _new_lineage() -> str:
+    return os.urandom(LINEAGE_DIGITS // 2).hex()

@@ -116,7 +116,7 @@ class LockService:
 
     def answer_unlocked(self, file: File) -> None:
         """Answer those who have unlocked, unless the lease is still to be given back."""
-        if file.unlocking and not (self.files.leases and self.files.leases.is_pending(file.key)):
+        if file.unlocking and not (self.files.leases and self.files.leases.is_giving_back(file.key)):
             unlocking, file.unlocking = file.unlocking, []
             for connection in unlocking:
                 connection.answer(0)
