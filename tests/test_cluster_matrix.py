@@ -229,10 +229,10 @@ class Silent(Pair):
         self.since = 0.0
         self.taken = 0.0
 
-    def begin(self) -> None:
-        super().begin()
-        await_waiting(self.path, 1)
-        await_true(lambda: last_vouched(self.path) > 0, "the holder to vouch")
+    def is_known(self) -> bool:
+        """Whether the one waits, and the other has vouched."""
+        state = recorded(self.path)
+        return state is not None and len(state.queue) == 1 and last_vouched(self.path) > 0
 
     def is_silent(self) -> None:
         """From now on."""
@@ -264,6 +264,7 @@ def test_a_host_of_which_nothing_is_heard_loses_its_lock(site: Site) -> None:
     silent = [gone, frozen, keeper_frozen, giving_back]
     for it in silent:
         it.begin()
+    await_true(lambda: all(it.is_known() for it in silent), "the holders to vouch")
     gate = giving_back.host.shm / "stop-before-rename"
     gate.touch()
     late = giving_back.holder.flock_later(giving_back.held, UN)

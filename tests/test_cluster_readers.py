@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import shim_environment
-from support.driver import EX, NB, OK, SH, UN
+from support.driver import BUSY, EX, NB, OK, SH, UN
 from support.proc import await_true
 from support.worlds import World
 
@@ -62,3 +62,17 @@ def test_readers_that_overlap_let_a_writer_in(hosts: tuple[World, World]) -> Non
     assert writer.flock(writer_fd, UN) == OK
     if not joining.returned():
         assert joining.result() == OK
+
+
+def test_a_reader_of_mode_host_is_joined_by_one_of_mode_cluster(hosts: tuple[World, World]) -> None:
+    here, there = hosts
+    plain = here.fleet.start({**here.environment, "FLOCKSHIM_MODE": "host"})
+    plain_fd = plain.open(here.file())
+    assert plain.flock(plain_fd, SH) == OK
+    driver, fd = here.opened()
+    assert driver.flock(fd, SH) == OK
+    writer, writer_fd = there.opened()
+    assert writer.flock(writer_fd, EX | NB) == BUSY
+    assert driver.flock(fd, UN) == OK
+    assert plain.flock(plain_fd, UN) == OK
+    assert writer.flock(writer_fd, EX | NB) == OK

@@ -6,115 +6,23 @@ import errno
 import gc
 import os
 import platform
-import select
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
-from support.proc import DEADLINE, await_end, await_true, thread_state
+from support.leaserunner import Running
+from support.proc import await_end, await_true, thread_state
 
 from flockshim.cluster_ops import Create, List, Look, Pause, Read, Unlink, Wait, Write
-from flockshim.lease_files import Directory, Told
-from flockshim.lease_runner import CancelledError, Run, Runner, WorkerLostError
-from flockshim.lease_worker import Enter, Place
-from flockshim.loop import Loop
+from flockshim.lease_runner import CancelledError, WorkerLostError
+from flockshim.lease_worker import Enter
 from flockshim.pytest_plugin import Mounts
 
 BIG = 50_000
 OPENAT = {"x86_64": 257, "aarch64": 56}.get(platform.machine(), -1)
-
-
-class ShortLoop:
-    """As the keeper's, but for as long as it is asked to."""
-
-    def __init__(self) -> None:
-        self.handlers: dict[int, Callable[[], None]] = {}
-        self.wake_at = float("inf")
-
-    def watch(self, descriptor: int, handler: Callable[[], None], first: bool = False) -> None:
-        self.handlers[descriptor] = handler
-
-    def unwatch(self, descriptor: int) -> None:
-        del self.handlers[descriptor]
-
-    def wake_by(self, when: float) -> None:
-        self.wake_at = min(self.wake_at, when)
-
-
-class Running:
-    """A runner, and what has become of what it was given."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.loop = ShortLoop()
-        self.runner = Runner(cast(Loop, self.loop), longest_poll=0.5)
-        self.directory = self.at(1)
-        self.ended: list[tuple[Any, Exception | None]] = []
-
-    def at(self, number: int) -> Directory:
-        return Directory(Place(number, str(self.path), None), "a", 90.0, lambda _: None, Told())
-
-    def start(self, *operations: Any, waiting: Callable[[], None] = lambda: None) -> Run:
-        """Begin steps that return the result of the last operation."""
-
-        def steps() -> Any:
-            result = None
-            for operation in operations:
-                result = yield operation
-            return result
-
-        return self.runner.run(self.directory, steps(), lambda *end: self.ended.append(end), waiting)
-
-    def turn(self, deadline: float = DEADLINE) -> None:
-        """One round of the loop."""
-        patience = max(0.0, min(deadline, self.loop.wake_at - time.monotonic()))
-        for descriptor in select.select(list(self.loop.handlers), [], [], patience)[0]:
-            self.loop.handlers[descriptor]()
-        if time.monotonic() >= self.loop.wake_at:
-            self.loop.wake_at = float("inf")
-            self.runner.look(time.monotonic())
-
-    def ends(self, count: int = 1) -> list[tuple[Any, Exception | None]]:
-        """Let it run until COUNT have ended, and return how."""
-        limit = time.monotonic() + DEADLINE
-        while len(self.ended) < count:
-            assert time.monotonic() < limit, f"only {self.ended} have ended"
-            self.turn(limit - time.monotonic())
-        ended, self.ended = self.ended, []
-        return ended
-
-    def result(self) -> Any:
-        """The result of what was started, which must not fail."""
-        ((result, error),) = self.ends()
-        assert error is None
-        return result
-
-    def failure(self) -> Exception:
-        ((_, error),) = self.ends()
-        assert error is not None
-        return error
-
-    def worker(self) -> int:
-        assert self.runner._process
-        return self.runner._process.pid
-
-    def signal(self, number: signal.Signals) -> int:
-        pid = self.worker()
-        os.kill(pid, number)
-        return pid
-
-    def close(self) -> None:
-        """End the worker, as the keeper's end does."""
-        worker = self.runner._worker
-        if worker:
-            self.signal(signal.SIGCONT)
-            worker.close()
-            assert self.runner._process
-            self.runner._process.wait()
 
 
 @pytest.fixture
@@ -135,30 +43,30 @@ def test_steps_get_their_results_and_their_failures(running: Running) -> None:
     assert error.filename == "nothing"
 
 
-def test_who_waits_in_the_queue_is_told_so_and_goes_on(running: Running) -> None:
+def test_who_waits_in_the_queue_is_told_so_and_goes_on(running: Running, tmp_path: Path) -> None:
     waits: list[str] = []
     running.start(Wait(0), Pause(0), Wait(0), Create("x", ""), waiting=lambda: waits.append("waits"))
     assert waits == ["waits"]
     running.result()
     assert waits == ["waits"] * 2
-    assert (running.path / "x").exists()
+    assert (tmp_path / "x").exists()
 
 
-def test_what_is_cancelled_while_it_waits_ends_at_once(running: Running) -> None:
+def test_what_is_cancelled_while_it_waits_ends_at_once(running: Running, tmp_path: Path) -> None:
     run = running.start(Wait(1000), Create("x", ""))
     run.cancel()
     assert isinstance(running.failure(), CancelledError)
     running.start(Create("y", ""))
     running.result()
-    assert os.listdir(running.path) == ["y"]
+    assert os.listdir(tmp_path) == ["y"]
 
 
-def test_what_is_cancelled_during_an_operation_ends_after_it(running: Running) -> None:
+def test_what_is_cancelled_during_an_operation_ends_after_it(running: Running, tmp_path: Path) -> None:
     run = running.start(Create("x", ""), Create("y", ""))
     run.cancel()
     assert running.ended == []
     assert isinstance(running.failure(), CancelledError)
-    assert os.listdir(running.path) == ["x"]
+    assert os.listdir(tmp_path) == ["x"]
 
 
 @pytest.fixture
@@ -179,17 +87,17 @@ def kill(running: Running) -> None:
     await_end(running.signal(signal.SIGKILL))
 
 
-def test_a_worker_that_was_killed_while_idle_is_replaced_without_a_word(running: Running) -> None:
+def test_a_worker_that_was_killed_while_idle_is_replaced_without_a_word(running: Running, tmp_path: Path) -> None:
     running.start(Create("x", ""))
     running.result()
     kill(running)
     running.turn()
     running.start(Create("y", ""))
     running.result()
-    assert sorted(os.listdir(running.path)) == ["x", "y"]
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
 
 
-def test_what_is_sent_to_a_worker_that_has_just_died_is_done_by_the_next(running: Running) -> None:
+def test_what_is_sent_to_a_worker_that_has_just_died_is_done_by_the_next(running: Running, tmp_path: Path) -> None:
     """Before the keeper has heard of its death."""
     running.start(Create("x", ""))
     running.result()
@@ -198,7 +106,7 @@ def test_what_is_sent_to_a_worker_that_has_just_died_is_done_by_the_next(running
     running.start(List(""))
     ended = running.ends(2)
     assert [error for _, error in ended] == [None, None]
-    assert sorted(os.listdir(running.path)) == ["x", "y"]
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"]
 
 
 @pytest.mark.parametrize("begun", [False, True])
@@ -206,8 +114,7 @@ def test_of_what_a_killed_worker_was_to_do_nobody_knows_whether_it_was_done(
     running: Running, begun: bool, nolock_dir: Path, server: int
 ) -> None:
     """The steps learn it, and the next ones have a new worker."""
-    running.path = nolock_dir
-    running.directory = running.at(2)
+    running.directory = running.at(nolock_dir)
     running.start(List(""))
     running.result()
     if begun:
@@ -228,7 +135,7 @@ def test_of_what_a_killed_worker_was_to_do_nobody_knows_whether_it_was_done(
     assert running.worker() != pid
 
 
-def test_steps_may_go_on_after_the_worker_s_death(running: Running) -> None:
+def test_steps_may_go_on_after_the_worker_s_death(running: Running, tmp_path: Path) -> None:
     """As a release does, which is tried until it succeeds."""
 
     def steps() -> Any:
@@ -244,10 +151,10 @@ def test_steps_may_go_on_after_the_worker_s_death(running: Running) -> None:
     running.runner.run(running.directory, steps(), lambda *end: running.ended.append(end))
     kill(running)
     assert running.result() == "went on"
-    assert os.listdir(running.path) == ["y"]
+    assert os.listdir(tmp_path) == ["y"]
 
 
-def test_a_worker_that_is_stopped_does_all_when_it_goes_on(running: Running) -> None:
+def test_a_worker_that_is_stopped_does_all_when_it_goes_on(running: Running, tmp_path: Path) -> None:
     """More than a socket holds: what cannot be sent is sent later, and the keeper does not wait."""
     running.start(List(""))
     running.result()
@@ -261,8 +168,8 @@ def test_a_worker_that_is_stopped_does_all_when_it_goes_on(running: Running) -> 
     assert len(running.runner._pending) < len(names), "all of it was sent: nothing is tested"
     running.signal(signal.SIGCONT)
     assert {error for _, error in running.ends(len(names))} == {None}
-    assert sorted(os.listdir(running.path)) == names
-    assert {(running.path / name).stat().st_size for name in names} == {BIG}
+    assert sorted(os.listdir(tmp_path)) == names
+    assert {(tmp_path / name).stat().st_size for name in names} == {BIG}
 
 
 def descriptors() -> int:
@@ -270,13 +177,13 @@ def descriptors() -> int:
 
 
 def test_without_a_worker_the_steps_end_with_an_error_and_later_ones_try_again(
-    running: Running, monkeypatch: pytest.MonkeyPatch
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And whoever has begun them is told after that, not meanwhile."""
     gc.collect()
     before = descriptors()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", str(running.path / "nothing"))
+        patch.setattr(sys, "executable", str(tmp_path / "nothing"))
         for _ in range(3):
             running.start(Create("x", ""))
             assert running.ended == []
@@ -286,10 +193,10 @@ def test_without_a_worker_the_steps_end_with_an_error_and_later_ones_try_again(
     assert descriptors() == before
     running.start(Create("y", ""))
     running.result()
-    assert os.listdir(running.path) == ["y"]
+    assert os.listdir(tmp_path) == ["y"]
 
 
-def test_steps_may_go_on_without_a_worker(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_may_go_on_without_a_worker(running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure is thrown into them, as that of any operation."""
 
     def steps() -> Any:
@@ -299,13 +206,13 @@ def test_steps_may_go_on_without_a_worker(running: Running, monkeypatch: pytest.
             monkeypatch.undo()
         return (yield List(""))
 
-    monkeypatch.setattr(sys, "executable", str(running.path / "nothing"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     running.runner.run(running.directory, steps(), lambda *end: running.ended.append(end))
     assert running.result() == []
 
 
-def test_no_descriptor_is_left_behind(running: Running) -> None:
-    file = running.path / "file"
+def test_no_descriptor_is_left_behind(running: Running, tmp_path: Path) -> None:
+    file = tmp_path / "file"
     file.touch()
     with file.open() as open_file:
         running.start(Enter("file", open_file.fileno()))

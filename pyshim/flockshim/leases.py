@@ -160,7 +160,7 @@ class Leases:
             if lease.hand_overs <= HAND_OVERS or (held and (barging or not lease.closing)):
                 return True
         lease.wanted = exclusive
-        if held:
+        if held and lease.mode is not None:
             return False
         self._advance(lease, blocking)
         return False

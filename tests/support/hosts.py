@@ -128,6 +128,10 @@ class Host:
         """Its processes that have WORD in an argument."""
         return [pid for pid in self.processes() if any(word in argument for argument in _arguments(pid))]
 
+    def commands(self) -> list[list[str]]:
+        """The arguments of every process that runs on it."""
+        return [_arguments(pid) for pid in self.processes()]
+
     def keepers(self) -> list[Keeper]:
         """Its complete keepers."""
         processes = self.running("flockshim/keeper.py")
