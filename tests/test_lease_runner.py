@@ -5,16 +5,20 @@ from __future__ import annotations
 import errno
 import gc
 import os
-import platform
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import _cffi_backend
 import pytest
-from support.leaserunner import Running
-from support.proc import await_end, await_true, thread_state
+from conftest import shim_environment
+from support.driver import BUSY, EX, OK, SH, UN
+from support.keepers import keepers
+from support.leaserunner import Running, threads_in_open
+from support.proc import await_end, await_true
+from support.worlds import World
 
 from flockshim.cluster_ops import Create, List, Look, Pause, Read, Unlink, Wait, Write
 from flockshim.lease_runner import CancelledError, WorkerLostError
@@ -22,7 +26,6 @@ from flockshim.lease_worker import Enter
 from flockshim.pytest_plugin import Mounts
 
 BIG = 50_000
-OPENAT = {"x86_64": 257, "aarch64": 56}.get(platform.machine(), -1)
 
 
 @pytest.fixture
@@ -77,12 +80,6 @@ def server(_nolock_mounts: Mounts) -> Iterator[int]:
     os.kill(pid, signal.SIGCONT)
 
 
-def hangs_in_open(pid: int) -> bool:
-    """Whether a thread of the process sleeps in openat(2)."""
-    states = [thread_state(pid, int(task)) for task in os.listdir(f"/proc/{pid}/task")]
-    return any(state and state.syscall == OPENAT for state in states)
-
-
 def kill(running: Running) -> None:
     await_end(running.signal(signal.SIGKILL))
 
@@ -120,7 +117,7 @@ def test_of_what_a_killed_worker_was_to_do_nobody_knows_whether_it_was_done(
     if begun:
         os.kill(server, signal.SIGSTOP)
         running.start(Create("x", ""))
-        await_true(lambda: hangs_in_open(running.worker()), "the worker to begin")
+        await_true(lambda: threads_in_open(running.worker()) == 1, "the worker to begin")
     else:
         running.signal(signal.SIGSTOP)
         running.start(Create("x", ""))
@@ -230,3 +227,43 @@ def test_no_descriptor_is_left_behind(running: Running, tmp_path: Path) -> None:
         running.start(Unlink("file"))
         running.result()
         assert descriptors() == before
+
+
+# In a keeper
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    """A link to the interpreter that can be removed under a keeper; it finds the same packages."""
+    real = Path(sys.executable).resolve()
+    link = tmp_path / "bin" / "python"
+    packages = tmp_path / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    for directory in (link.parent, packages):
+        directory.mkdir(parents=True)
+    (tmp_path / "pyvenv.cfg").write_text(f"home = {real.parent}\n")
+    (packages / "more.pth").write_text(f"{Path(_cffi_backend.__file__).parent}\n")
+    link.symlink_to(real)
+    return link
+
+
+def test_a_keeper_that_can_start_no_worker_lives_and_locks_when_it_can(
+    python: Path, nolock_dir: Path, rendezvous: Path
+) -> None:
+    host = {**shim_environment(rendezvous), "FLOCKSHIM_PYTHON": str(python)}
+    world = World("emulated", nolock_dir, {**host, "FLOCKSHIM_MODE": "cluster"})
+    holder = world.fleet.start(host)
+    held = holder.open(nolock_dir / "held")
+    assert holder.flock(held, EX) == OK
+    before = keepers(rendezvous)
+    aside = python.rename(python.with_name("aside"))
+    driver, fd = world.opened()
+    assert driver.flock(fd, EX) == errno.ENOSYS
+    errors = world.fleet.errors()
+    assert "use --mode host" in errors and errors.count("\n") == 1
+    aside.rename(python)
+    assert driver.flock(fd, EX) == OK
+    assert world.probe(world.file(), SH) == BUSY
+    assert holder.probe(nolock_dir / "held", SH) == BUSY
+    assert driver.flock(fd, UN) == OK
+    assert keepers(rendezvous) == before
+    world.end()

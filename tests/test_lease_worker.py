@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.leaserunner import Running
+from support.leaserunner import Running, threads_in_open
 from support.proc import await_true
 
 from flockshim.cluster_ops import Create, List, Read, Unlink, Write
@@ -191,6 +191,7 @@ def test_one_that_hangs_holds_up_no_other_and_what_it_uses_stays_open(
     names = ["x0", "x1", "x2"]
     for name in names:
         running.start(Write(name, "text"), directory=shared)
+    await_true(lambda: threads_in_open(running.worker()) == len(names), "them to begin")
     running.runner.forget(shared)
     for _ in range(5):
         assert running.do(List("")) == ["file"]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class File:
     """One file: its lock, and the descriptions that hold or want it."""
 
-    __slots__ = ("descriptions", "key", "lock", "undecided", "unlocking")
+    __slots__ = ("descriptions", "key", "leased", "lock", "undecided", "unlocking")
 
     def __init__(self, key: Key, lock: FileLock) -> None:
         """Begin with none."""
@@ -31,6 +31,8 @@ class File:
         self.undecided: list[tuple[Connection, Description, bool, float]] = []
         # Programs whose unlocking is over when the lease has been given back.
         self.unlocking: list[Connection] = []
+        # A program has asked for it in cluster mode: nobody holds it without a lease any more.
+        self.leased = False
 
 
 class Files(dict["Key", File]):
@@ -59,9 +61,11 @@ class Files(dict["Key", File]):
         # This host first, so that of its keepers one asks the others.
         if not self._host.permit(key, exclusive, barging):
             return False
-        if self.leases is None:
+        file = self[key]
+        if not file.leased:
             return True
-        lock = self[key].lock
+        assert self.leases
+        lock = file.lock
         return self.leases.permit(key, exclusive, not barging or bool(lock.queue), bool(lock.holders), barging)
 
     def holds(self, description: Description) -> bool:
@@ -86,5 +90,5 @@ class Files(dict["Key", File]):
             description.taker,
             description.number,
             description.since,
-            self.leases is not None and self.leases.knows(description.key),
+            self[description.key].leased,
         )

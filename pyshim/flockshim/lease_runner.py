@@ -142,8 +142,8 @@ class Runner:
     ) -> Run:
         """Run a generator to its end: `ended` gets its result, or the OSError or CancelledError that has ended it.
 
-        `waiting` is called each time before it waits in the queue. If it must be that the directory `stays` where it is, an
-        operation after it was moved fails with ESTALE.
+        `waiting` is called each time before it waits in the queue. If it must be that the directory `stays` where it
+        is, an operation after it was moved fails with ESTALE.
         """
         run = Run(self, directory, generator, ended, waiting, stays)
         run.step(lambda: next(generator))
@@ -196,9 +196,13 @@ class Runner:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
             script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lease_worker.py")
             with theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", script], stdin=theirs.fileno(), cwd="/", env={}
-                )
+                try:
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-I", "-S", script], stdin=theirs.fileno(), cwd="/", env={}
+                    )
+                except OSError:
+                    ours.close()
+                    raise
             ours.setblocking(False)
             self._worker = ours
             self._loop.watch(ours.fileno(), self._receive)

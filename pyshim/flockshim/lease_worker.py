@@ -15,6 +15,7 @@ import queue
 import socket
 import sys
 import threading
+import traceback
 
 if __name__ == "__main__":
     sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -137,6 +138,10 @@ class _Threads:
                 result = self._do(place, stays, operation)
         except OSError as failure:
             error = [failure.errno, failure.strerror, os.fspath(failure.filename or "")]
+        except BaseException:
+            # The keeper must not wait for an answer.
+            traceback.print_exc()
+            os._exit(1)
         self._peer.send(json.dumps([number, result, error]).encode())
 
     def _do(self, place: Place, stays: bool, operation: Any) -> Any:
@@ -168,10 +173,10 @@ def _entered(directory: int, path: str, name: str, status: os.stat_result) -> li
         raise OSError(errno.EXDEV, "it is the root of a mount", name)
     try:
         there = _identity(os.stat(path)) == identity
-        found = _identity(os.stat(name, dir_fd=directory, follow_symlinks=False)) == _identity(status)
+        found = there and _identity(os.stat(name, dir_fd=directory, follow_symlinks=False)) == _identity(status)
     except FileNotFoundError:
         found = False
-    if not (there and found):
+    if not found:
         raise OSError(errno.ESTALE, "the file is not to be found under its name", f"{path}/{name}")
     store = filesystems.object_store(filesystems.containing(path, status.st_dev, filesystems.mounted()))
     if store:

@@ -81,19 +81,13 @@ class Leases:
         directory.leases.add(made)
         return made
 
-    def knows(self, key: Key) -> bool:
-        """Return whether locks on this file need a lease."""
-        return key in self._files
-
     def adopt(self, key: Key, path: str, exclusive: bool) -> None:
         """Take over the lease of a file that is locked, from the predecessors."""
         self.need(key, path)
         lease = self._files[key]
-        if lease.mode is None:
-            lease.mode = exclusive
-            self._adopting += 1
-            self._confirm(lease, lambda: self._succeeding(lease))
-        lease.mode = lease.mode or exclusive
+        lease.mode = exclusive
+        self._adopting += 1
+        self._confirm(lease, lambda: self._succeeding(lease))
 
     def _adopted(self) -> None:
         self._adopting -= 1
@@ -152,9 +146,9 @@ class Leases:
 
         `held`: others of this host have the lock, so that the lease must stay. `barging`: see `Host.permit`.
         """
-        lease = self._files.get(key)
-        if lease is None:
-            return True
+        if key not in self._files:
+            self.need(key, self._told.place(key)[1])
+        lease = self._files[key]
         if lease.mode == exclusive and not lease.busy:
             lease.hand_overs += 1
             if lease.hand_overs <= HAND_OVERS or (held and (barging or not lease.closing)):

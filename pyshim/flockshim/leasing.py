@@ -45,13 +45,14 @@ class Leasing(Told):
         self._loop = loop
         self._directory = directory
         # Who was stopped, by file.
-        self._stopped: dict[Key, list[int]] = {}
+        self._stopped: dict[Key, set[int]] = {}
 
     def need(self, connection: Connection, file: File, description: Description) -> bool:
         """Have the file's lock recorded for other hosts. Where that cannot be, refuse the program and return False."""
         description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
         try:
             self._leases({}).need(file.key, _path(description))
+            file.leased = True
             return True
         except OSError as error:
             self._service.forget_if_unused(file, description)
@@ -59,8 +60,10 @@ class Leasing(Told):
             connection.refuse(cannot_lease(error))
             return False
 
-    def adopt(self, file: File, description: Description, exclusive: bool, predecessors: dict[str, int]) -> None:
-        """Take over the lease of a lock; `predecessors` as of `Leases`."""
+    def adopt(self, file: File, predecessors: dict[str, int]) -> None:
+        """Take over the lease of a file that is locked; `predecessors` as of `Leases`."""
+        description, exclusive = next(iter(file.lock.holders.items()))
+        file.leased = True
         self._leases(predecessors).adopt(file.key, _path(description), exclusive)
 
     def _leases(self, predecessors: dict[str, int]) -> Leases:
@@ -119,11 +122,12 @@ class Leasing(Told):
         service.answer_unlocked(file)
 
     def doubted(self, key: Key) -> None:
-        """Stop those who hold."""
+        """Stop those who hold; again as long as the doubt lasts, since they may have been continued, or have forked."""
         file = self._service.files.get(key)
-        if file and key not in self._stopped:
-            self._stopped[key] = holding_programs.find(file.lock.holders)
-            holding_programs.send(self._stopped[key], signal.SIGSTOP)
+        if file:
+            found = holding_programs.find(file.lock.holders)
+            self._stopped.setdefault(key, set()).update(found)
+            holding_programs.send(found, signal.SIGSTOP)
 
     def trusted(self, key: Key) -> None:
         """Let them go on."""
@@ -132,11 +136,11 @@ class Leasing(Told):
     def lost(self, key: Key) -> None:
         """End those who hold, or warn them, as they have asked for."""
         file = self._service.files.get(key)
-        stopped = self._stopped.pop(key, [])
+        stopped = self._stopped.pop(key, set())
         if file:
             for description in list(file.lock.holders):
                 pids = holding_programs.find([description])
-                line = f"the lock on {_path(description)} was lost: another host thought this one dead, and has it now"
+                line = f"the lock on {_path(description)} was lost: another host has it now, or its record was removed"
                 if description.only_warn:
                     holding_programs.tell(pids, f"{line} (--on-lost warn)")
                 else:

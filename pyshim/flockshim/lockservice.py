@@ -54,6 +54,7 @@ class LockService:
 
     def adopt(self, held: list[int], proxies: dict[Key, int], predecessors: dict[str, int]) -> None:
         """Take over from a keeper that has died: descriptors of held locks, of proxies, and of its being alive."""
+        recorded = set()
         for descriptor in held:
             entry = self._journal.read(descriptor)
             assert entry
@@ -65,7 +66,10 @@ class LockService:
             file.lock.adopt(description, exclusive)
             self.processes.add(pid, description)
             if leased:
-                self.leasing.adopt(file, description, exclusive, predecessors)
+                recorded.add(file.key)
+        # All of a file's holders together are what its lease is in doubt for.
+        for key in recorded:
+            self.leasing.adopt(self.files[key], predecessors)
         needed = self.files.needed()
         for key, descriptor in proxies.items():
             self._host.adopt(key, descriptor, needed.get(key))
@@ -276,7 +280,7 @@ class LockService:
                         leases.abandon(file.key)
                     return
                 if not file.lock.queue:
-                    if leases and not leases.give_back(file.key):
+                    if leases and not file.undecided and not leases.give_back(file.key):
                         return
                     self._host.release(file.key)
                     if not len(file.descriptions):

@@ -3,10 +3,11 @@
  * at it, and writes down each thing it does, before it does it, so that a checker can tell from the
  * logs of all processes of all hosts whether two were inside at once.
  *
- *     hostworker FILE LOG STOP READERS
+ *     hostworker FILE LOG STOP READERS PAUSE
  *
- * READERS percent of the visits are shared. It ends when the file STOP is there. A line of the log
- * is a word, the time (CLOCK_MONOTONIC, which all namespaces of a machine share) and a value; see
+ * READERS percent of the visits are shared. In each and after it are pauses of up to PAUSE
+ * nanoseconds. It ends when the file STOP is there. A line of the log is a word, the time
+ * (CLOCK_MONOTONIC, which all namespaces of a machine share) and a value; see
  * tests/support/intervals.py.
  */
 #define _GNU_SOURCE
@@ -20,10 +21,9 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { THINK_NANOSECONDS = 2000000 };
-
 static int log_file;
 static unsigned chance;
+static int longest_pause;
 
 /* One write(2) a line: a process that is killed leaves no half of one. */
 static void note(const char *word, uint64_t value) {
@@ -42,8 +42,9 @@ static void fail(const char *what) {
 }
 
 static void think(void) {
-    struct timespec pause = {0, rand_r(&chance) % THINK_NANOSECONDS};
-    nanosleep(&pause, NULL);
+    struct timespec pause = {0, longest_pause ? rand_r(&chance) % longest_pause : 0};
+    if (longest_pause)
+        nanosleep(&pause, NULL);
 }
 
 static uint64_t look(int file) {
@@ -75,8 +76,9 @@ static void visit(int file, int exclusive) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 5)
+    if (argc != 6)
         return 2;
+    longest_pause = atoi(argv[5]);
     log_file = open(argv[2], O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0644);
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);

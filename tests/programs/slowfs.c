@@ -34,7 +34,7 @@ static void dawdle(const char *name) {
 static void stop_if_told(const char *operation, const char *name) {
     char gate[64];
     snprintf(gate, sizeof gate, "/dev/shm/stop-before-%s", operation);
-    /* Not kill(2), which another thread may take, so that this one does its operation all the same. */
+    /* Not kill(2), which another thread may take, and this one do its operation all the same. */
     if (strstr(name, ".flockshim") && access(gate, F_OK) == 0)
         raise(SIGSTOP);
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import select
 import signal
 import time
@@ -10,12 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
-from support.proc import DEADLINE
-
 from flockshim.lease_files import Directory, Told
 from flockshim.lease_runner import Run, Runner
 from flockshim.lease_worker import Place
 from flockshim.loop import Loop
+from support.proc import DEADLINE, thread_state
+
+OPENAT = {"x86_64": 257, "aarch64": 56}.get(platform.machine(), -1)
 
 
 class ShortLoop:
@@ -124,3 +126,9 @@ class Running:
             worker.close()
             assert self.runner._process
             self.runner._process.wait()
+
+
+def threads_in_open(pid: int) -> int:
+    """How many threads of a process sleep in openat(2)."""
+    states = [thread_state(pid, int(task)) for task in os.listdir(f"/proc/{pid}/task")]
+    return sum(1 for state in states if state and state.syscall == OPENAT)
