@@ -10,6 +10,7 @@ import random
 from collections.abc import Generator
 from typing import Any
 
+import cluster_directory
 import pytest
 
 from flockshim import cluster_vouch
@@ -165,6 +166,38 @@ def simulate(seeds: int) -> int:
 
 def test_only_who_has_stopped_is_thought_dead_and_the_dead_are_found() -> None:
     assert simulate(3000 if os.environ.get("FLOCKSHIM_SOAK") else 300) > 20
+
+
+@pytest.mark.parametrize("observers", [1, 4])
+def test_all_locks_of_one_that_never_vouched_are_taken_after_one_lease_time(observers: int) -> None:
+    """Whoever thinks it dead makes its file, and removes it: that is no sign of life."""
+    now = 0.0
+    files: dict[str, str] = {}
+    chance = random.Random(1)
+    judges = [Judge(LEASE, lambda: now, lambda keeper: None) for _ in range(observers)]
+    left = {Entry(f"a-{number}", True, 1): judges[number % observers] for number in range(4)}
+
+    def perform(steps: Any) -> Any:
+        resume, result = steps.send, None
+        try:
+            while True:
+                operation = resume(result)
+                try:
+                    resume, result = steps.send, cluster_directory.perform(files, operation, True)
+                except OSError as error:
+                    resume, result = steps.throw, error
+        except StopIteration as stop:
+            return stop.value
+
+    while left:
+        for entry, judge in list(left.items()):
+            now += 0.01
+            if perform(judge.dead([entry])):
+                del left[entry]
+        now += LEASE * GAP / 2
+        if chance.random() < 0.5:
+            perform(chance.choice(judges).bury())
+    assert LEASE <= now <= LEASE * (1 + 2 * GAP)
 
 
 def failures_count(patch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,10 @@ def test_a_right_history() -> None:
     assert is_right(RIGHT) and is_right(shuffled)
 
 
+def test_one_may_begin_where_another_ends() -> None:
+    assert is_right([writer("a.1", 10, 20, 0), writer("b.1", 20, 30, 1)])
+
+
 @pytest.mark.parametrize(
     "intruder",
     [
@@ -58,6 +62,8 @@ def test_an_intruder_is_found_by_its_interval_alone(intruder: Hold) -> None:
 def test_one_behind_a_long_one_is_found() -> None:
     """Though the one that began last before it had ended by then."""
     assert len(overlaps([reader("a.1", 10, 100, 0), reader("a.2", 20, 30, 0), writer("b.1", 50, 60, 0)])) == 1
+    assert len(overlaps([writer("a.1", 10, 100, 0), reader("a.2", 20, 30, 0), reader("b.1", 50, 60, 0)])) == 2
+    assert len(overlaps([writer("a.1", 10, 100, 0), writer("a.2", 20, 30, 0), writer("b.1", 50, 60, 0)])) == 2
 
 
 def test_a_lost_update() -> None:
@@ -98,12 +104,18 @@ def test_a_broken_holder_is_judged_up_to_the_break() -> None:
     holds = [FROZEN, *MEANWHILE]
     assert overlaps(holds)
     assert is_right(with_breaks(holds, {"a": [20]}))
+    assert is_right(with_breaks(holds, {"a": [20, 85]}))
     assert overlaps(with_breaks(holds, {"a": [35]})), "the other one came before the break"
 
 
 @pytest.mark.parametrize("breaks", [{"b": [20]}, {"a": [5]}, {"a": [95]}, {}], ids=str)
 def test_a_break_elsewhere_excuses_nobody(breaks: dict[str, list[int]]) -> None:
     assert overlaps(with_breaks([FROZEN, *MEANWHILE], breaks))
+
+
+@pytest.mark.parametrize("breaks", [{"a": [5]}, {"a": [25]}, {"a": [95]}], ids=str)
+def test_a_break_at_another_time_excuses_no_lost_update(breaks: dict[str, list[int]]) -> None:
+    assert wrong_values(with_breaks([writer("a.1", 10, 20, 0), writer("b.1", 30, 40, 0)], breaks))
 
 
 def test_a_break_of_a_grant_that_was_on_its_way() -> None:
@@ -115,6 +127,12 @@ def test_a_broken_writer_may_write_at_any_time_after() -> None:
     holds = with_breaks([FROZEN, *MEANWHILE, writer("b.1", 100, 110, 1)], {"a": [20]})
     assert is_right(holds)
     assert wrong_values([*holds, writer("b.1", 120, 130, 0)])
+
+
+def test_a_broken_writer_that_is_killed_may_have_written_at_any_time_before() -> None:
+    later = [*MEANWHILE, writer("b.1", 100, 110, 1)]
+    assert is_right(with_breaks([KILLED, *later], {"a": [20]}))
+    assert wrong_values([KILLED, *later])
 
 
 def test_a_log_is_read() -> None:
@@ -133,6 +151,8 @@ def test_a_log_is_read() -> None:
     assert log.failures == ["a.1: flock 11 38"]
     assert not log.done
     assert parse("a.1", "done 3 0\n").done
+    killed = parse("a.1", "ask 1 0\nexclusive 2 0\nread 3 7\nwrite 4 8\n")
+    assert killed.holds == [Hold("a.1", True, 1, 2, 4, 7, 8, None)]
 
 
 def test_every_wrong_exchange_in_long_histories_is_found() -> None:

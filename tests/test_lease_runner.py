@@ -58,7 +58,9 @@ def test_who_waits_in_the_queue_is_told_so_and_goes_on(running: Running, tmp_pat
 def test_what_is_cancelled_while_it_waits_ends_at_once(running: Running, tmp_path: Path) -> None:
     run = running.start(Wait(1000), Create("x", ""))
     run.cancel()
-    assert isinstance(running.failure(), CancelledError)
+    ((_, error),) = running.ended
+    assert isinstance(error, CancelledError)
+    running.ended.clear()
     running.start(Create("y", ""))
     running.result()
     assert os.listdir(tmp_path) == ["y"]

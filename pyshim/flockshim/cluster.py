@@ -89,6 +89,11 @@ class Lease:
         entry = self._own(self._state.holders) if self._state else None
         return entry.granted if entry else 0
 
+    @property
+    def may_have_entry(self) -> bool:
+        """Return whether `release` may have something to do."""
+        return bool(self._made)
+
     def uses(self, ticket: str) -> bool:
         """Return whether an entry of this ticket is what this Lease holds or waits by."""
         return ticket in self._made
@@ -241,7 +246,7 @@ class Lease:
                     yield from self._doubt_lineage(lineage)
                 if attempt == ATTEMPTS:
                     text = f"no state file of the lock ({self._names.claim}.{lineage}.*): removed by somebody?"
-                    raise OSError(errno.ESTALE, text, self._target)
+                    raise OSError(errno.ETIMEDOUT, text, self._target)
                 yield Pause(attempt - 1)
         return self._state
 
@@ -303,6 +308,11 @@ class Lease:
             self._doubt = -1
             self._floor = max(self._floor, wanted.version)
             return
+        except OSError as error:
+            if error.errno in REFUSALS:
+                # Surely not done.
+                self._doubt = -1
+            raise
         self._doubt = -1
         self._learn(new, wanted)
         replaced = data_of(old)
@@ -373,7 +383,7 @@ class Lease:
                         yield Unlink(self._names.state(own))
                 raise failure
             yield Pause(attempt)
-        raise OSError(errno.ESTALE, "made, but not to be seen", self._names.claim)
+        raise OSError(errno.ETIMEDOUT, "made, but not to be seen", self._names.claim)
 
     def _write_state(self) -> Protocol[StateName]:
         while True:

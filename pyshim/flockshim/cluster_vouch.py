@@ -21,6 +21,8 @@ STOP = 0.6
 """The part of a lease time after which a holder that could not vouch stops."""
 GAP = 0.25
 """The part of a lease time within which observations must follow each other to count together."""
+THOUGHT_DEAD = "thought dead at"
+"""How an observer's text in the file of an absent keeper begins."""
 
 Clock = Callable[[], float]
 
@@ -181,15 +183,16 @@ class Judge:
         ended = self._clock()
         silence = self._silences.get(key)
         # A server that stalls hides the vouching of others: what spans a stall does not count.
-        if silence is None or silence.text != text or ended - silence.ended > self._lease * GAP:
+        if silence is None or _own(silence.text) != _own(text) or ended - silence.ended > self._lease * GAP:
             self._silences[key] = _Silence(text, ended)
         else:
+            silence.text = text
             silence.length = begun - silence.since
             silence.ended = ended
 
     def _is_really_absent(self, silence: _Silence, keeper: str) -> Generator[Operation, Any, bool]:
         """Ask the server by making the file: NFS clients keep the answer "no such file" for up to a minute."""
-        text = f"thought dead at {self._clock()}\n"
+        text = f"{THOUGHT_DEAD} {self._clock()}\n"
         try:
             yield Create(vouching_name(keeper), text)
         except OSError:
@@ -198,3 +201,8 @@ class Judge:
             return False
         silence.text = text
         return True
+
+
+def _own(text: str | None) -> str | None:
+    """Return what a keeper itself has written: what observers make and remove while it is absent is no news of it."""
+    return None if text is None or text.startswith(THOUGHT_DEAD) else text

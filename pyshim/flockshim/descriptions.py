@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from flockshim import closing
 from flockshim._native import ffi, lib
 
 TYPE_CHECKING = False
@@ -86,7 +87,7 @@ class Descriptions:
     def remove(self, description: Description) -> None:
         """Forget one, and close the keeper's duplicate."""
         self._items.remove(description)
-        os.close(description.descriptor)
+        closing.close(description.descriptor)
 
     def _search(self, descriptor: int) -> tuple[int, bool]:
         low, high = 0, len(self._items)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 
 from flockshim._native import lib
 
@@ -30,8 +31,24 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def tell(pids: Iterable[int], line: str) -> None:
-    """Write a line to the standard error of each, to every file once."""
+def warn(pids: list[int], line: str) -> None:
+    """Write a line to the standard error of each. Not waited for: it may be a file whose server does not answer."""
+    threading.Thread(target=_tell, args=(pids, line), daemon=True).start()
+
+
+def kill(pids: list[int], line: str) -> None:
+    """Stop them, write a line to the standard error of each, and end them. Not waited for."""
+    send(pids, signal.SIGSTOP)
+
+    def tell_and_end() -> None:
+        _tell(pids, line)
+        send(pids, signal.SIGKILL)
+
+    threading.Thread(target=tell_and_end, daemon=True).start()
+
+
+def _tell(pids: Iterable[int], line: str) -> None:
+    """Write to every file once."""
     told = set()
     for pid in pids:
         with contextlib.suppress(OSError):

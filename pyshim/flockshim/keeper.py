@@ -21,7 +21,7 @@ if __name__ == "__main__":
 import resource
 import signal
 
-from flockshim import standby
+from flockshim import closing, standby
 from flockshim.aliveness import keeper_of_path
 from flockshim.host import Key, key_of_path
 from flockshim.journal import Journal
@@ -101,7 +101,7 @@ class Keeper:
 
 def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[Key, int], dict[str, int]]:
     """Close every descriptor that is neither a held lock nor a proxy; waiting programs then ask again."""
-    held, proxies, predecessors = [], {}, {}
+    held, proxies, predecessors, others = [], {}, {}, []
     # As the kernel shows it in the links of /proc/self/fd.
     directory = os.path.realpath(directory)
     for descriptor in _open_descriptors(journal.capacity):
@@ -120,7 +120,11 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[K
         elif keeper:
             predecessors[keeper] = descriptor
         else:
-            os.close(descriptor)
+            others.append(descriptor)
+    if others:
+        closing.in_background()
+    for descriptor in others:
+        closing.close(descriptor)
     return held, proxies, predecessors
 
 

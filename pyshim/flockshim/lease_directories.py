@@ -66,10 +66,10 @@ class Directories:
         heartbeat = self._seconds / HEARTBEATS
         entries = [one for one in directory.leases if one.named is not False and (one.mode is not None or one.busy)]
         age = heartbeat if directory.has_file else min(heartbeat, NOTE_SECONDS)
-        if directory.judge.found_dead:
-            self._runner.run(directory, directory.judge.bury(), lambda *_: None)
         if any(now - lease.since >= age for lease in entries):
             self._vouch(directory)
+        elif directory.judge.found_dead:
+            self._bury(directory)
         elif entries:
             return
         elif directory.has_file:
@@ -91,6 +91,14 @@ class Directories:
                     lease.since = max(lease.since, clock())
 
         self._runner.run(directory, directory.voucher.vouch(), ended)
+
+    def _bury(self, directory: Directory) -> None:
+        directory.vouching = True
+
+        def ended(_: None, __: Exception | None) -> None:
+            directory.vouching = False
+
+        self._runner.run(directory, directory.judge.bury(), ended)
 
     def _withdraw(self, directory: Directory) -> None:
         directory.vouching = True

@@ -112,6 +112,10 @@ class Told:
         """Return a descriptor of the file, and its path. Raises OSError where nobody needs it any more."""
         raise NotImplementedError
 
+    def is_held(self, key: Key) -> bool:
+        """Return whether any program holds the lock."""
+        raise NotImplementedError
+
     def changed(self, key: Key) -> None:
         """It was had, given back, or found to be held by others."""
         raise NotImplementedError

@@ -11,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 from flockshim.cluster_ops import Pause, Wait
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
     from flockshim.lease_files import Directory
     from flockshim.loop import Loop
+
+# vfork(2) would stop the whole keeper until the new process has closed its copies of programs' descriptors.
+subprocess._USE_VFORK = False  # type: ignore[misc]
 
 MAX_PACKET = 1 << 20
 SOCKET_BYTES = 4 << 20
@@ -128,6 +132,8 @@ class Runner:
         self._loop = loop
         self._worker: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        # Why there is none.
+        self._failure: OSError | None = None
         self._pending: dict[int, Run] = {}
         self._number = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
@@ -183,7 +189,7 @@ class Runner:
             # It is stopped, or has been killed, and `_lose` comes next.
             self.at(time.monotonic() + FIRST_PAUSE, lambda: self.perform(run, operation))
         except OSError as error:
-            # Without a process or a descriptor there is no worker. Not at once: whoever asks does not expect it yet.
+            # Without a descriptor there is no worker. Not at once: whoever asks does not expect it yet.
             failure = error
             self.at(time.monotonic(), lambda: run.throw(failure))
         else:
@@ -194,19 +200,22 @@ class Runner:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             for end in ours, theirs:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
-            script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lease_worker.py")
-            with theirs:
-                try:
-                    self._process = subprocess.Popen(
-                        [sys.executable, "-I", "-S", script], stdin=theirs.fileno(), cwd="/", env={}
-                    )
-                except OSError:
-                    ours.close()
-                    raise
+            threading.Thread(target=self._start, args=(theirs,), daemon=True).start()
             ours.setblocking(False)
             self._worker = ours
             self._loop.watch(ours.fileno(), self._receive)
         return self._worker
+
+    def _start(self, peer: socket.socket) -> None:
+        """Start a worker, in a thread: the new process closes copies of programs' descriptors, which may take long."""
+        script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lease_worker.py")
+        with peer:
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", script], stdin=peer.fileno(), cwd="/", env={}
+                )
+            except OSError as error:
+                self._failure = error
 
     def _receive(self) -> None:
         assert self._worker
@@ -228,11 +237,14 @@ class Runner:
             run.throw(OSError(error[0], error[1], error[2]))
 
     def _lose(self) -> None:
-        assert self._worker and self._process
+        assert self._worker
         self._loop.unwatch(self._worker.fileno())
         self._worker.close()
         self._worker = None
-        self._process.wait()
+        if self._process:
+            self._process.wait()
+        failure, self._failure, self._process = self._failure, None, None
         pending, self._pending = self._pending, {}
         for run in pending.values():
-            run.throw(WorkerLostError(errno.EIO, "the keeper's lease worker was killed", run.directory.place.path))
+            lost = WorkerLostError(errno.EIO, "the keeper's lease worker was killed", run.directory.place.path)
+            run.throw(failure or lost)

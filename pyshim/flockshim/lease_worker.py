@@ -137,7 +137,9 @@ class _Threads:
             else:
                 result = self._do(place, stays, operation)
         except OSError as failure:
-            error = [failure.errno, failure.strerror, os.fspath(failure.filename or "")]
+            # For listdir(3) of a descriptor that is its number.
+            file = failure.filename if isinstance(failure.filename, str) else place.path
+            error = [failure.errno, failure.strerror, file]
         except BaseException:
             # The keeper must not wait for an answer.
             traceback.print_exc()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flockshim.cluster_ops import Operation, Protocol
     from flockshim.cluster_state import State
     from flockshim.host import Key
+    from flockshim.lease_files import Directory
     from flockshim.loop import Loop
 
     T = TypeVar("T")
@@ -56,7 +57,8 @@ class Leases:
         self._seconds = seconds
         self._told = told
         self._predecessors = predecessors
-        self._adopting = 0
+        # Files of whose leases it is not known yet whether they are ours.
+        self._adopting: set[Key] = set()
         self._serial = 0
         self._directories = Directories(self.runner, aliveness, seconds, told)
         self._files: dict[Key, FileLease] = {}
@@ -73,11 +75,18 @@ class Leases:
             return
         self._files[key] = self._new(key, path)
 
+    def _renew(self, lease: FileLease) -> None:
+        """Forget what was known of a record that is gone."""
+        lease.lease = self._protocol(lease.directory, os.path.basename(lease.path))
+        lease.named = None
+
+    def _protocol(self, directory: Directory, name: str) -> Lease:
+        return Lease(name, self._ticket, _new_lineage, directory.judge, directory.voucher, self._is_used)
+
     def _new(self, key: Key, path: str) -> FileLease:
         parent, name = os.path.split(path)
         directory = self._directories.at(parent)
-        lease = Lease(name, self._ticket, _new_lineage, directory.judge, directory.voucher, self._is_used)
-        made = FileLease(key, path, directory, lease)
+        made = FileLease(key, path, directory, self._protocol(directory, name))
         directory.leases.add(made)
         return made
 
@@ -86,11 +95,13 @@ class Leases:
         self.need(key, path)
         lease = self._files[key]
         lease.mode = exclusive
-        self._adopting += 1
+        self._adopting.add(key)
         self._confirm(lease, lambda: self._succeeding(lease))
 
-    def _adopted(self) -> None:
-        self._adopting -= 1
+    def _adopted(self, key: Key) -> None:
+        if key not in self._adopting:
+            return
+        self._adopting.remove(key)
         if not self._adopting:
             for keeper, descriptor in self._predecessors.items():
                 self._directories.withdraw_all_of(keeper)
@@ -103,13 +114,16 @@ class Leases:
         self._told.doubted(lease.key)
 
         def ended(held: bool | None, error: Exception | None) -> None:
-            if error:
+            if error and self._told.is_held(lease.key):
                 self.runner.at(time.monotonic() + 1.0, lambda: self._confirm(lease, protocol))
                 return
             lease.busy = False
             lease.since = clock()
-            if self._adopting:
-                self._adopted()
+            self._adopted(lease.key)
+            if error:
+                # Nobody needs to know any more.
+                self._release(lease)
+                return
             if held:
                 self._told.trusted(lease.key)
             else:
@@ -150,6 +164,9 @@ class Leases:
             self.need(key, self._told.place(key)[1])
         lease = self._files[key]
         if lease.mode == exclusive and not lease.busy:
+            if lease.named and not lease.lease.still_mine(clock()):
+                self._confirm(lease, lease.lease.confirm)
+                return False
             lease.hand_overs += 1
             if lease.hand_overs <= HAND_OVERS or (held and (barging or not lease.closing)):
                 return True
@@ -259,7 +276,7 @@ class Leases:
         return (yield from lease.lease.adopt(self._predecessors)) if lease.named else True
 
     def _giving_back(self, lease: FileLease) -> Protocol[None]:
-        if lease.named:
+        if lease.lease.may_have_entry:
             yield from lease.lease.release()
 
     def _advance(self, lease: FileLease, blocking: bool) -> None:
@@ -310,7 +327,8 @@ class Leases:
         def ended(_: None, error: Exception | None) -> None:
             if error and is_gone(error):
                 # uv removes whole directories in which it has locked a file: there is nothing to give back.
-                lease.named = error = None
+                self._renew(lease)
+                error = None
             if error:
                 # Our entry must go, whatever the server does now: others would wait for it for a lease time.
                 self.runner.at(time.monotonic() + 1.0, lambda: self._release(lease))
@@ -325,7 +343,8 @@ class Leases:
 
     def _failed(self, lease: FileLease, cause: OSError) -> None:
         # Something may be otherwise than it was when we looked at it.
-        lease.named = None
+        if not lease.busy:
+            lease.named = None
         if is_gone(cause) and lease.tries < MOST_TRIES and not lease.busy:
             try:
                 lease = self._move(lease)

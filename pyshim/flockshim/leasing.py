@@ -7,7 +7,7 @@ import os
 import signal
 import time
 
-from flockshim import holders, holding_programs
+from flockshim import closing, holders, holding_programs
 from flockshim._native import lib
 from flockshim.aliveness import Aliveness
 from flockshim.cluster_notes import Program
@@ -68,6 +68,7 @@ class Leasing(Told):
 
     def _leases(self, predecessors: dict[str, int]) -> Leases:
         if self._service.files.leases is None:
+            closing.in_background()
             aliveness = Aliveness(self._directory)
             self._service.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, self, predecessors)
         return self._service.files.leases
@@ -89,6 +90,11 @@ class Leasing(Told):
         if description is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"device {key[0]} inode {key[1]}")
         return description.descriptor, _path(description)
+
+    def is_held(self, key: Key) -> bool:
+        """Return whether any program holds the lock."""
+        file = self._service.files.get(key)
+        return file is not None and bool(file.lock.holders)
 
     def changed(self, key: Key) -> None:
         """Serve those who could not be served without the lease."""
@@ -142,10 +148,10 @@ class Leasing(Told):
                 pids = holding_programs.find([description])
                 line = f"the lock on {_path(description)} was lost: another host has it now, or its record was removed"
                 if description.only_warn:
-                    holding_programs.tell(pids, f"{line} (--on-lost warn)")
+                    holding_programs.warn(pids, f"{line} (--on-lost warn)")
                 else:
-                    holding_programs.tell(pids, f"{line}: killed (--on-lost)")
-                    holding_programs.send(pids, signal.SIGKILL)
+                    holding_programs.kill(pids, f"{line}: killed (--on-lost)")
+                    stopped.difference_update(pids)
                 self._drop(file, description)
         holding_programs.send(stopped, signal.SIGCONT)
 

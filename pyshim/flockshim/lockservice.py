@@ -8,7 +8,7 @@ import fcntl
 import os
 import time
 
-from flockshim import holders, listing
+from flockshim import closing, holders, listing
 from flockshim._native import lib
 from flockshim.descriptions import Description, Processes, closed
 from flockshim.files import File, Files
@@ -96,7 +96,7 @@ class LockService:
             description = Description(descriptor, file.key, connection.pid, number)
             file.descriptions.add(description)
         else:
-            lib.native_close(descriptor)
+            closing.close(descriptor)
             if description.pid != connection.pid:
                 self.processes.discard(description.pid, description)
             description.pid, description.number = connection.pid, number

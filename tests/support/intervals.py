@@ -52,22 +52,21 @@ def parse(who: str, text: str) -> Log:
     """Read the log of the process WHO. A last line without end is left out."""
     holds: list[Hold] = []
     failures = []
-    done = inside = False
+    done = False
     asked = 0
     for line in text.splitlines(keepends=True):
         if not line.endswith("\n"):
             break
         word, time, value = line.split()[0], int(line.split()[1]), int(line.split()[2])
         if word == "ask":
-            asked, inside = time, False
+            asked = time
         elif word in ("exclusive", "shared"):
             holds.append(Hold(who, word == "exclusive", asked, time, time))
-            inside = True
-        elif inside and word == "read":
+        elif word == "read":
             holds[-1] = holds[-1]._replace(last=time, read=value)
-        elif inside and word == "write":
+        elif word == "write":
             holds[-1] = holds[-1]._replace(last=time, wrote=value)
-        elif inside and word == "end":
+        elif word == "end":
             holds[-1] = holds[-1]._replace(last=time, seen=value)
         elif word == "done":
             done = True
