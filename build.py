@@ -114,6 +114,7 @@ CDEF = """
     void config_read(struct config *config, char **environment);
     int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);
     int config_triggers(const struct config *config, int error);
+    int is_for_all_hosts(const struct config *config, int descriptor);
     int lock_by_kernel(const struct config *config, int descriptor, int operation);
     int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor, int operation,
                      int kernel_error);

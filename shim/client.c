@@ -265,9 +265,7 @@ static int shall_tell(const struct call *call) {
 }
 
 static uint32_t flags_of(const struct call *call) {
-    enum config_mode mode = call->config->mode;
-    int cluster = mode == MODE_CLUSTER ||
-                  (mode == MODE_AUTO && is_shared_file_system(call->request.descriptor));
+    int cluster = is_for_all_hosts(call->config, call->request.descriptor);
 
     return (shall_tell(call) ? FLAG_TELL : 0) | (cluster ? FLAG_CLUSTER : 0) |
            (call->config->only_warn ? FLAG_ONLY_WARN : 0);

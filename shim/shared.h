@@ -1,7 +1,9 @@
-/* Which file systems other hosts may have mounted too. */
+/* Whether a lock is to be one between all hosts that have mounted the file system. */
 #ifndef FLOCKSHIM_SHARED_H
 #define FLOCKSHIM_SHARED_H
 
-int is_shared_file_system(int descriptor);
+#include "config.h"
+
+int is_for_all_hosts(const struct config *config, int descriptor);
 
 #endif

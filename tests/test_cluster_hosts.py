@@ -13,12 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from support.hosts import Host, Site, recorded, require_hosts, undocumented
+from support.hosts import Host, Site, is_stopped, recorded, require_hosts, undocumented
 from support.intervals import Hold, overlaps, parse, with_breaks, wrong_values
 from support.proc import await_end, await_true
 from support.programs import program
 
 import flockshim
+from flockshim import nolockfs
 from flockshim.cluster_names import keeper_of
 from flockshim.lease_directories import MOST_WATCHED
 from flockshim.pytest_plugin import Mounts
@@ -199,7 +200,12 @@ class Storm:
         return self.holds()
 
     def _await_end(self, key: str, host: Host) -> None:
-        await_true(lambda: not host.running(str(self.logs)), f"the programs of {key} to end", DEADLINE)
+        try:
+            await_true(lambda: not host.running(str(self.logs)), f"the programs of {key} to end", DEADLINE)
+        except AssertionError as error:
+            left = [(pid, is_stopped(pid)) for pid in host.running(str(self.logs))]
+            text = f"(pid, stopped): {left}; {recorded(self.target)}; {self._keepers(key)}"
+            raise AssertionError(f"{error}: {text}; {self.said()}\n{self.site.logs()}") from None
 
     def holds(self) -> list[Hold]:
         """What all have done until now; none of their calls may have failed."""
@@ -297,6 +303,25 @@ def test_thousands_of_locks_leave_two_files(storm: Storm) -> None:
     check(storm, holds)
     assert storm.said() == []
     await_true(lambda: undocumented(storm.target) == [], "only the documented files to be there")
+
+
+def test_each_host_has_a_mount_of_its_own(storm: Storm, tmp_path: Path) -> None:
+    """Names that another host has changed are still seen for a second. So is the counter, so intervals alone count."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    (shared / storm.target.name).write_bytes(bytes(8))
+    with nolockfs.mount(backing=shared) as one, nolockfs.mount(backing=shared) as other:
+        for directory in one, other:
+            storm.target = directory / storm.target.name
+            storm.add_host(directory.name, 3)
+        goal = (5000 if SOAK else 100) * BYTES_OF_A_VISIT
+        await_true(lambda: storm.written() >= goal, "so many visits", TIMEOUT)
+        storm.await_every_host()
+        holds = storm.finish()
+        for host in storm.site.hosts:
+            host.end()
+    assert overlaps(holds) == []
+    assert storm.said() == []
 
 
 RENAME_WITH_FLAGS = """

@@ -66,7 +66,7 @@ def test_a_frozen_host(hosts: Hosts) -> None:
     hosts.signal(0, number=signal.SIGCONT)
     await_end(driver.pid)
     here.fleet.reap()
-    assert "was lost" in here.fleet.errors()
+    await_true(lambda: "was lost" in here.fleet.errors(), "the program to be told")
     await_true(lambda: "--on-lost warn" in hosts.warned.fleet.errors(), "the warning")
     os.kill(warned.pid, signal.SIGCONT)
     assert warned.flock(warned_fd, EX | NB) == BUSY

@@ -253,6 +253,11 @@ def _signal(pids: list[int], number: signal.Signals) -> None:
         await_true(lambda: all(map(is_stopped, pids)), f"{pids} to stop")
 
 
+def await_told(site: Site, path: Path) -> None:
+    """Return when a program has been told what became of its lock."""
+    await_true(lambda: f"the lock on {path} was lost" in site.errors(), "the program to be told")
+
+
 def test_a_host_of_which_nothing_is_heard_loses_its_lock(site: Site) -> None:
     """All of these at once, because each takes a lease time, and not less.
 
@@ -265,6 +270,9 @@ def test_a_host_of_which_nothing_is_heard_loses_its_lock(site: Site) -> None:
     for it in silent:
         it.begin()
     await_true(lambda: all(it.is_known() for it in silent), "the holders to vouch")
+    neighbour, also_wanted = frozen.here.opened(frozen.path.name)
+    behind = neighbour.flock_later(also_wanted, EX)
+    frozen.here.await_blocked(behind)
     gate = giving_back.host.shm / "stop-before-rename"
     gate.touch()
     late = giving_back.holder.flock_later(giving_back.held, UN)
@@ -281,24 +289,24 @@ def test_a_host_of_which_nothing_is_heard_loses_its_lock(site: Site) -> None:
     assert [it.what for it in silent if it.taken - it.vouched < LEASE] == []
     assert site.errors() == ""
 
-    states = [recorded(it.path) for it in silent]
+    states = [recorded(it.path) for it in (gone, keeper_frozen, giving_back)]
     frozen.host.thaw()
     giving_back.host.thaw()
     _signal(keeper, signal.SIGCONT)
     assert late.result() == OK
     for it in frozen, keeper_frozen:
         await_end(it.holder.pid)
-        assert f"the lock on {it.path} was lost" in site.errors()
-    assert [recorded(it.path) for it in silent] == states
+        await_told(site, it.path)
+    assert [recorded(it.path) for it in (gone, keeper_frozen, giving_back)] == states
 
     # The old hosts are not lost for good.
-    for it in frozen, keeper_frozen, giving_back:
+    await_waiting(frozen.path, 1)
+    assert not behind.returned()
+    assert frozen.other.flock(frozen.wanted, UN) == OK
+    assert behind.result() == OK
+    for it in keeper_frozen, giving_back:
         again, wanted = it.here.opened(it.path.name)
         assert again.flock(wanted, EX | NB) == BUSY
-        waiter = again.flock_later(wanted, EX)
-        await_waiting(it.path, 1)
-        assert it.other.flock(it.wanted, UN) == OK
-        assert waiter.result() == OK
 
 
 def test_a_holder_that_cannot_be_vouched_for_is_stopped(site: Site) -> None:
@@ -320,8 +328,8 @@ def test_a_holder_that_cannot_be_vouched_for_is_stopped(site: Site) -> None:
     await_end(holder.pid)
     assert not there.free(path.with_name("kept"))
     assert kept.flock(also_held, UN) == OK
-    (line,) = site.errors().splitlines()
-    assert f"the lock on {path} was lost" in line
+    await_told(site, path)
+    assert len(site.errors().splitlines()) == 1
 
 
 # One that comes late

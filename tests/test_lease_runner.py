@@ -6,8 +6,9 @@ import errno
 import gc
 import os
 import signal
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,20 +176,35 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def no_process(patch: pytest.MonkeyPatch) -> int:
+    """Returns the errno of what fails then."""
+    patch.setattr(sys, "executable", "/nothing")
+    return errno.ENOENT
+
+
+def no_descriptor(patch: pytest.MonkeyPatch) -> int:
+    def socketpair(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    patch.setattr(socket, "socketpair", socketpair)
+    return errno.EMFILE
+
+
+@pytest.mark.parametrize("lack", [no_process, no_descriptor])
 def test_without_a_worker_the_steps_end_with_an_error_and_later_ones_try_again(
-    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lack: Callable[[pytest.MonkeyPatch], int]
 ) -> None:
     """And whoever has begun them is told after that, not meanwhile."""
     gc.collect()
     before = descriptors()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "executable", str(tmp_path / "nothing"))
+        number = lack(patch)
         for _ in range(3):
             running.start(Create("x", ""))
             assert running.ended == []
             error = running.failure()
             assert isinstance(error, OSError)
-            assert error.errno == errno.ENOENT
+            assert error.errno == number
     assert descriptors() == before
     running.start(Create("y", ""))
     running.result()

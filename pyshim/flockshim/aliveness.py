@@ -6,12 +6,15 @@ A domain is where such locks are seen: one rendezvous directory, until the host 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
+import tempfile
 
 from flockshim._native import lib
 
+DOMAIN_BYTES = 16
 DOMAIN_DIGITS = 12
 OWN_DIGITS = 12
 
@@ -46,7 +49,9 @@ class Aliveness:
         try:
             if _kernel_flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 return False
-            os.unlink(self._path(keeper))
+            # Whoever judges it at the same moment may have done that.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path(keeper))
             return True
         finally:
             os.close(descriptor)
@@ -70,13 +75,23 @@ def keeper_of_path(path: str, directory: str) -> str | None:
 
 def _domain(directory: str) -> str:
     path = f"{directory}/domain"
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    except FileExistsError:
-        pass
-    else:
-        # Written under a name of its own and then linked it would be whole at once; a reader of half of it waits below.
-        os.write(descriptor, os.urandom(16).hex().encode())
-        os.close(descriptor)
+    if not os.path.exists(path):
+        _make_domain(path)
     with open("/proc/sys/kernel/random/boot_id", "rb") as boot, open(path, "rb") as own:
-        return hashlib.sha256(boot.read() + own.read()).hexdigest()[:DOMAIN_DIGITS]
+        text = own.read()
+        # Two machines that both read nothing would take each other's living keepers for dead.
+        if len(text) != 2 * DOMAIN_BYTES:
+            raise OSError(errno.EIO, "is damaged: end all programs that lock, and remove it", path)
+        return hashlib.sha256(boot.read() + text).hexdigest()[:DOMAIN_DIGITS]
+
+
+def _make_domain(path: str) -> None:
+    """Make the file, whole from the beginning, unless somebody else is faster."""
+    descriptor, draft = tempfile.mkstemp(prefix="domain-", dir=os.path.dirname(path))
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(os.urandom(DOMAIN_BYTES).hex().encode())
+        with contextlib.suppress(FileExistsError):
+            os.link(draft, path)
+    finally:
+        os.unlink(draft)

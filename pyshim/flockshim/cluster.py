@@ -34,7 +34,8 @@ ATTEMPTS = 40
 LOOK_AGAIN = 4
 """After how many of them the claim is read again."""
 NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
-REFUSALS = (*NO_HARD_LINKS, errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSALS = (*NO_HARD_LINKS, errno.EACCES, errno.EROFS, *FULL)
 
 
 class Lease:
@@ -142,7 +143,14 @@ class Lease:
                 yield from self._sweep()
                 return
             gone = self._judge.known_dead(state.entries()) | self._stale(state) | ({own.ticket} if own else set())
-            yield from self._change(state.without(gone))
+            wanted = state.without(gone)
+            try:
+                yield from self._change(wanted)
+            except OSError as error:
+                if error.errno not in FULL or wanted.alone() is None:
+                    raise
+                # Better out of order than not at all: those who are left out ask anew.
+                yield from self._change(wanted.alone() or wanted)
 
     def confirm(self) -> Protocol[bool]:
         """Return whether we hold, though we may have been thought dead; if so, by a new ticket that nobody judged."""

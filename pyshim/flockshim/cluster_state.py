@@ -51,6 +51,12 @@ class State(NamedTuple):
             holders.append(queue.pop(0)._replace(granted=version))
         return State(version, tuple(holders), tuple(queue))
 
+    def alone(self) -> State | None:
+        """Return this state with the first holder and nobody else, if nobody held before; that takes no data file."""
+        if not self.holders or any(entry.granted != self.version for entry in self.holders):
+            return None
+        return State(self.version, self.holders[:1])
+
     def renewed(self, ticket: str, new: str) -> State:
         """Return the next state, in which the holder `ticket` is called `new`."""
         version = self.version + 1

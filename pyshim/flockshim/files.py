@@ -64,9 +64,9 @@ class Files(dict["Key", File]):
         file = self[key]
         if not file.leased:
             return True
-        assert self.leases
         lock = file.lock
-        return self.leases.permit(key, exclusive, not barging or bool(lock.queue), bool(lock.holders), barging)
+        waits = not barging or bool(lock.queue)
+        return self.leases is not None and self.leases.permit(key, exclusive, waits, bool(lock.holders), barging)
 
     def holds(self, description: Description) -> bool:
         """Return whether a description holds a lock."""

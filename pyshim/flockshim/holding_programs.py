@@ -24,6 +24,19 @@ def find(descriptions: Iterable[Description]) -> list[int]:
     return [pid for pid in pids if pid not in ours and any(lib.native_is_open_in(one, pid) for one in kept)]
 
 
+def stop(descriptions: Iterable[Description]) -> set[int]:
+    """Stop the processes that have one of these descriptions open, and return them."""
+    kept = list(descriptions)
+    stopped: set[int] = set()
+    while True:
+        # Whoever was not stopped yet may have made another.
+        found = set(find(kept)) - stopped
+        if not found:
+            return stopped
+        send(found, signal.SIGSTOP)
+        stopped |= found
+
+
 def send(pids: Iterable[int], number: signal.Signals) -> None:
     """Send a signal to those that are still there."""
     for pid in pids:
@@ -31,14 +44,13 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
             os.kill(pid, number)
 
 
-def warn(pids: list[int], line: str) -> None:
+def warn(pids: Iterable[int], line: str) -> None:
     """Write a line to the standard error of each. Not waited for: it may be a file whose server does not answer."""
     threading.Thread(target=_tell, args=(pids, line), daemon=True).start()
 
 
-def kill(pids: list[int], line: str) -> None:
-    """Stop them, write a line to the standard error of each, and end them. Not waited for."""
-    send(pids, signal.SIGSTOP)
+def kill(pids: Iterable[int], line: str) -> None:
+    """Write a line to the standard error of those, who are stopped, and end them. Not waited for."""
 
     def tell_and_end() -> None:
         _tell(pids, line)

@@ -7,6 +7,7 @@ import time
 
 from flockshim import cluster_notes
 from flockshim.cluster_vouch import Judge, Voucher
+from flockshim.lease_worker import former_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Directory:
         self.sweep_at: float | None = 0.0
 
     def _note(self) -> str:
-        programs = {os.path.basename(lease.path): self._told.programs(lease.key) for lease in self.leases}
+        programs = {lease.name: self._told.programs(lease.key) for lease in self.leases}
         used = {name: some for name, some in programs.items() if some}
         return cluster_notes.text(os.urandom(8).hex(), os.uname().nodename, used)
 
@@ -62,6 +63,7 @@ class FileLease:
         "key",
         "lease",
         "mode",
+        "name",
         "named",
         "path",
         "run",
@@ -71,14 +73,16 @@ class FileLease:
         "wanted",
     )
 
-    def __init__(self, key: Key, path: str, directory: Directory, lease: Lease) -> None:
-        """Hold nothing."""
+    def __init__(self, key: Key, path: str, directory: Directory, protocol: Callable[[Directory, str], Lease]) -> None:
+        """Hold nothing. Raises OSError where the name is too long."""
         self.key = key
         self.path = path
-        # Whether the path names the file: what has no name any more no other host can open. None: not known yet.
+        # The one in the directory that the record goes by.
+        self.name = former_name(os.path.basename(path))
+        # Whether there is to be a record: what has no name any more no other host can open. None: not known yet.
         self.named: bool | None = None
         self.directory = directory
-        self.lease = lease
+        self.lease = protocol(directory, self.name)
         # What is held, and what is wanted: exclusive or not; None: nothing.
         self.mode: bool | None = None
         self.wanted: bool | None = None

@@ -186,8 +186,10 @@ class Runner:
         try:
             socket.send_fds(self._connected(), [packet], descriptors)
         except (BlockingIOError, ConnectionError):
-            # It is stopped, or has been killed, and `_lose` comes next.
-            self.at(time.monotonic() + FIRST_PAUSE, lambda: self.perform(run, operation))
+            # It is stopped, or has been killed, and `_lose` comes next. A descriptor may be another file's by then.
+            moved = OSError(errno.ESTALE, "not found out", run.directory.place.path)
+            again = (lambda: run.throw(moved)) if descriptors else (lambda: self.perform(run, operation))
+            self.at(time.monotonic() + FIRST_PAUSE, again)
         except OSError as error:
             # Without a descriptor there is no worker. Not at once: whoever asks does not expect it yet.
             failure = error
@@ -211,8 +213,10 @@ class Runner:
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lease_worker.py")
         with peer:
             try:
+                # Both must mean the same bytes by a name.
+                locale = {name: os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if name in os.environ}
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", script], stdin=peer.fileno(), cwd="/", env={}
+                    [sys.executable, "-I", "-S", script], stdin=peer.fileno(), cwd="/", env=locale
                 )
             except OSError as error:
                 self._failure = error

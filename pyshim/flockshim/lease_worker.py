@@ -23,14 +23,16 @@ if __name__ == "__main__":
 from typing import Any, NamedTuple
 
 from flockshim import cluster_files, cluster_ops, filesystems
+from flockshim.cluster_names import Names
 
 
 class Enter(NamedTuple):
     """See whether `name` is the file of this descriptor, in the directory that is at the place's path now.
 
-    The result is the directory's st_dev and st_ino; None of a file that has no name any more. Raises OSError: ESTALE
-    where the file is not found so; EXDEV where the directory is on another device, since beside the root of a mount
-    nobody looks who has mounted it elsewhere; EOPNOTSUPP where no rename is atomic.
+    The result is the name whose record counts, and the directory's st_dev and st_ino. For a file that was removed that
+    is its former name, as long as there is a record: others may have it open too. Without one it is None. Raises
+    OSError: ESTALE where the file is not found so; EXDEV where the directory is on another device, since beside the
+    root of a mount nobody looks who has mounted it elsewhere; EOPNOTSUPP where no rename is atomic.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Place(NamedTuple):
 
 
 MAX_PACKET = 1 << 20
+DELETED = " (deleted)"
 
 
 class _Directories:
@@ -144,7 +147,10 @@ class _Threads:
             # The keeper must not wait for an answer.
             traceback.print_exc()
             os._exit(1)
-        self._peer.send(json.dumps([number, result, error]).encode())
+        try:
+            self._peer.send(json.dumps([number, result, error]).encode())
+        except OSError as failure:  # too many names, say
+            self._peer.send(json.dumps([number, None, [failure.errno, failure.strerror, place.path]]).encode())
 
     def _do(self, place: Place, stays: bool, operation: Any) -> Any:
         directory = self._directories.use(place)
@@ -155,35 +161,51 @@ class _Threads:
         finally:
             self._directories.leave(place, directory)
 
-    def _enter(self, place: Place, target: Enter) -> list[int] | None:
+    def _enter(self, place: Place, target: Enter) -> tuple[str, list[int]] | None:
         try:
             status = os.fstat(target.descriptor)
         finally:
             os.close(target.descriptor)
-        if status.st_nlink == 0:
-            return None
-        directory = self._directories.use(place)
+        try:
+            directory = self._directories.use(place)
+        except FileNotFoundError:
+            if status.st_nlink == 0:
+                return None
+            raise
         try:
             return _entered(directory, place.path, target.name, status)
         finally:
             self._directories.leave(place, directory)
 
 
-def _entered(directory: int, path: str, name: str, status: os.stat_result) -> list[int]:
+def _entered(directory: int, path: str, name: str, status: os.stat_result) -> tuple[str, list[int]] | None:
     identity = _identity(os.fstat(directory))
     if identity[0] != status.st_dev:
         raise OSError(errno.EXDEV, "it is the root of a mount", name)
-    try:
-        there = _identity(os.stat(path)) == identity
-        found = there and _identity(os.stat(name, dir_fd=directory, follow_symlinks=False)) == _identity(status)
-    except FileNotFoundError:
-        found = False
-    if not found:
-        raise OSError(errno.ESTALE, "the file is not to be found under its name", f"{path}/{name}")
+    there = _identity_at(path, None) == identity
+    if not there or _identity_at(name, directory) != _identity(status):
+        # Some FUSE file systems count no links: whatever has its name is not removed.
+        if status.st_nlink:
+            raise OSError(errno.ESTALE, "the file is not to be found under its name", f"{path}/{name}")
+        name = former_name(name)
+        if not there or not _identity_at(Names(name).claim, directory):
+            return None
     store = filesystems.object_store(filesystems.containing(path, status.st_dev, filesystems.mounted()))
     if store:
         raise OSError(errno.EOPNOTSUPP, f"{store} does not rename atomically", f"{path}/{name}")
-    return identity
+    return name, identity
+
+
+def former_name(name: str) -> str:
+    """Return the name that a removed file had, from that which the kernel shows in /proc/PID/fd (proc(5))."""
+    return name[: -len(DELETED)] if name.endswith(DELETED) else name
+
+
+def _identity_at(path: str, directory: int | None) -> list[int] | None:
+    try:
+        return _identity(os.stat(path, dir_fd=directory, follow_symlinks=directory is None))
+    except FileNotFoundError:
+        return None
 
 
 def _path(descriptor: int) -> str:

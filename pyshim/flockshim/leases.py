@@ -77,16 +77,15 @@ class Leases:
 
     def _renew(self, lease: FileLease) -> None:
         """Forget what was known of a record that is gone."""
-        lease.lease = self._protocol(lease.directory, os.path.basename(lease.path))
+        lease.lease = self._protocol(lease.directory, lease.name)
         lease.named = None
 
     def _protocol(self, directory: Directory, name: str) -> Lease:
         return Lease(name, self._ticket, _new_lineage, directory.judge, directory.voucher, self._is_used)
 
     def _new(self, key: Key, path: str) -> FileLease:
-        parent, name = os.path.split(path)
-        directory = self._directories.at(parent)
-        made = FileLease(key, path, directory, self._protocol(directory, name))
+        directory = self._directories.at(os.path.dirname(path))
+        made = FileLease(key, path, directory, self._protocol)
         directory.leases.add(made)
         return made
 
@@ -211,7 +210,7 @@ class Leases:
         def ended(holder: str | None, _: Exception | None) -> None:
             lease.holder = holder
 
-        asking = cluster_notes.holder(state, os.path.basename(lease.path))
+        asking = cluster_notes.holder(state, lease.name)
         self.runner.run(lease.directory, asking, ended)
 
     def abandon(self, key: Key) -> None:
@@ -253,13 +252,16 @@ class Leases:
         return (yield from lease.lease.acquire(exclusive, blocking)) if lease.named else True
 
     def _enter(self, lease: FileLease) -> Steps[None]:
-        """Find out whether the path leads to the file, or the file has none any more. Raises OSError ESTALE if not."""
+        """Find out by which name the file's record goes, or that there is none. Raises OSError."""
         descriptor, _ = self._told.place(lease.key)
-        directory = lease.directory
-        identity = yield Enter(os.path.basename(lease.path), descriptor)
-        if identity:
-            directory.place = directory.place._replace(identity=identity)
-        lease.named = identity is not None
+        found = yield Enter(os.path.basename(lease.path), descriptor)
+        lease.named = found is not None
+        if found:
+            name, identity = found
+            lease.directory.place = lease.directory.place._replace(identity=identity)
+            if name != lease.name:
+                lease.name = name
+                lease.lease = self._protocol(lease.directory, name)
 
     def _move(self, lease: FileLease) -> FileLease:
         """Look anew where the file is: its directory was moved, removed, or made again. Raises OSError."""

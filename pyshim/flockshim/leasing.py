@@ -131,9 +131,7 @@ class Leasing(Told):
         """Stop those who hold; again as long as the doubt lasts, since they may have been continued, or have forked."""
         file = self._service.files.get(key)
         if file:
-            found = holding_programs.find(file.lock.holders)
-            self._stopped.setdefault(key, set()).update(found)
-            holding_programs.send(found, signal.SIGSTOP)
+            self._stopped.setdefault(key, set()).update(holding_programs.stop(file.lock.holders))
 
     def trusted(self, key: Key) -> None:
         """Let them go on."""
@@ -145,13 +143,14 @@ class Leasing(Told):
         stopped = self._stopped.pop(key, set())
         if file:
             for description in list(file.lock.holders):
-                pids = holding_programs.find([description])
+                pids = holding_programs.stop([description])
                 line = f"the lock on {_path(description)} was lost: another host has it now, or its record was removed"
                 if description.only_warn:
                     holding_programs.warn(pids, f"{line} (--on-lost warn)")
+                    stopped |= pids
                 else:
                     holding_programs.kill(pids, f"{line}: killed (--on-lost)")
-                    stopped.difference_update(pids)
+                    stopped -= pids
                 self._drop(file, description)
         holding_programs.send(stopped, signal.SIGCONT)
 

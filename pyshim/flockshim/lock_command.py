@@ -86,11 +86,13 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: 
         error = locker.by_kernel(descriptor, operation | fcntl.LOCK_NB)
         emulated = error != 0 and locker.is_refusal(error)
         try:
+            if error == errno.EWOULDBLOCK and not request.no_wait:
+                error = _wait_for_kernel(locker, descriptor, operation, deadline, teller)
+            if error == 0 and locker.reaches_one_host(descriptor):
+                emulated, error = True, errno.ENOLCK
             if emulated:
                 flags = fcntl.LOCK_NB if request.no_wait else 0
                 error = locker.by_mode(descriptor, operation | flags, error, deadline)
-            elif error == errno.EWOULDBLOCK and not request.no_wait:
-                error = _wait_for_kernel(locker, descriptor, operation, deadline, teller)
         except TimedOutError as timed_out:
             raise BusyError(f"timed out (--timeout), held by {timed_out}") from None
         except FlockshimError as refused:

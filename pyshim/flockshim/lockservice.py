@@ -69,7 +69,11 @@ class LockService:
                 recorded.add(file.key)
         # All of a file's holders together are what its lease is in doubt for.
         for key in recorded:
-            self.leasing.adopt(self.files[key], predecessors)
+            try:
+                self.leasing.adopt(self.files[key], predecessors)
+            except OSError as error:
+                print(f"a lock cannot be kept: {error.strerror}: {error.filename}", flush=True)
+                self.leasing.lost(key)
         needed = self.files.needed()
         for key, descriptor in proxies.items():
             self._host.adopt(key, descriptor, needed.get(key))
