@@ -40,7 +40,7 @@ def identity(path: Path) -> list[int]:
 
 
 def enter(running: Running, name: str, file: Path, directory: Directory | None = None) -> object:
-    """See whether FILE is NAME in the directory; the result is the directory's identity."""
+    """See whether FILE is NAME in the directory; the result is the name, and the directory's identity."""
     with file.open() as opened:
         return running.do(Enter(name, opened.fileno()), directory)
 
@@ -49,7 +49,7 @@ def enter(running: Running, name: str, file: Path, directory: Directory | None =
 
 
 def test_a_file_is_found_under_its_name(running: Running, below: Path) -> None:
-    assert enter(running, "file", below / "file") == identity(below)
+    assert enter(running, "file", below / "file") == ["file", identity(below)]
 
 
 def other_inode(file: Path) -> None:
@@ -83,14 +83,14 @@ def test_a_file_that_is_not_to_be_found_under_its_name(
 def test_a_directory_that_is_another_one_now(running: Running, below: Path) -> None:
     """It is kept, whatever is at its path; what is there now is another directory."""
     moved = below.with_name("moved")
-    assert enter(running, "file", below / "file") == identity(below)
+    assert enter(running, "file", below / "file") == ["file", identity(below)]
     below.rename(moved)
     below.mkdir()
     os.link(moved / "file", below / "file")
     with pytest.raises(OSError, match="not to be found") as caught:
         enter(running, "file", below / "file")
     assert caught.value.errno == errno.ESTALE
-    assert enter(running, "file", below / "file", running.at(below)) == identity(below)
+    assert enter(running, "file", below / "file", running.at(below)) == ["file", identity(below)]
     running.do(Create("x", ""))
     assert os.listdir(below) == ["file"]
     assert sorted(os.listdir(moved)) == ["file", "x"]
