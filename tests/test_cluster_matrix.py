@@ -128,6 +128,11 @@ def test_a_refusal_does_not_wait_for_the_lease(site: Site) -> None:
     for operation in EX | NB, SH | NB:
         assert other.flock(wanted, operation) == BUSY
     assert recorded(path) == before
+    # Nor where another program of the host waits for it already.
+    neighbour, also_wanted = there.opened()
+    neighbour.flock_later(also_wanted, SH)
+    await_waiting(path, 1)
+    assert other.flock(wanted, SH | NB) == BUSY
 
 
 def test_a_refusal_takes_one_attempt(site: Site) -> None:
@@ -424,3 +429,17 @@ def test_readers_of_several_hosts_share_and_a_writer_waits_for_all(patient_site:
         assert not waiter.returned()
         assert driver.flock(fd, UN) == OK
     assert waiter.result() == OK
+
+
+def test_programs_that_follow_each_other_on_one_host_do_not_keep_out_another_host(patient_site: Site) -> None:
+    it = pair(patient_site)
+    holder, following = (it.holder, it.held), it.here.opened()
+    for _ in range(100):
+        behind = following[0].flock_later(following[1], EX)
+        it.here.await_blocked(behind)
+        assert holder[0].flock(holder[1], UN) == OK
+        await_true(lambda call=behind: call.returned() or it.granted(), "somebody to hold")  # type: ignore[misc]
+        if it.granted():
+            break
+        holder, following = following, holder
+    assert it.granted()

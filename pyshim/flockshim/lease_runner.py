@@ -14,8 +14,9 @@ import sys
 import threading
 import time
 
+from flockshim._native import lib
 from flockshim.cluster_ops import Pause, Wait
-from flockshim.lease_worker import Enter
+from flockshim.lease_worker import STOPPED, Enter
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class Runner:
         # Why there is none.
         self._failure: OSError | None = None
         self._pending: dict[int, Run] = {}
+        self._stopped: list[int] = []
         self._number = 0
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
 
@@ -160,6 +162,13 @@ class Runner:
         if self._worker:
             with contextlib.suppress(OSError):
                 self._worker.send(json.dumps([0, directory.place, False, "forget", []]).encode())
+
+    def entrust(self, stopped: list[int]) -> None:
+        """Tell the worker which processes are stopped, and must be continued if this keeper and its standby die."""
+        self._stopped = stopped
+        if self._worker:
+            with contextlib.suppress(OSError):
+                self._worker.send(json.dumps([STOPPED, stopped]).encode())
 
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Have something called once, at monotonic time `when` or soon after."""
@@ -205,6 +214,7 @@ class Runner:
             threading.Thread(target=self._start, args=(theirs,), daemon=True).start()
             ours.setblocking(False)
             self._worker = ours
+            self.entrust(self._stopped)
             self._loop.watch(ours.fileno(), self._receive)
         return self._worker
 
@@ -215,9 +225,8 @@ class Runner:
             try:
                 # Both must mean the same bytes by a name.
                 locale = {name: os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if name in os.environ}
-                self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", script], stdin=peer.fileno(), cwd="/", env=locale
-                )
+                command = [sys.executable, "-I", "-S", script, str(lib.native_self()), str(os.getppid())]
+                self._process = subprocess.Popen(command, stdin=peer.fileno(), cwd="/", env=locale)
             except OSError as error:
                 self._failure = error
 

@@ -8,10 +8,12 @@ its text and file. Each is performed in a thread of its own: one that hangs hold
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import queue
+import signal
 import socket
 import sys
 import threading
@@ -49,6 +51,8 @@ class Place(NamedTuple):
 
 MAX_PACKET = 1 << 20
 DELETED = " (deleted)"
+# Instead of a request's number: the processes that the keeper has stopped.
+STOPPED = -1
 
 
 class _Directories:
@@ -216,8 +220,33 @@ def _identity(status: os.stat_result) -> list[int]:
     return [status.st_dev, status.st_ino]
 
 
+class Guard:
+    """What is to be done for programs that a keeper has stopped, if it does not live to continue them."""
+
+    def __init__(self, keepers: list[int]) -> None:
+        """`keepers` are the keeper and its standby: while one of them is alive, another keeper follows."""
+        self._keepers = keepers
+        self.stopped: list[int] = []
+
+    def end(self) -> None:
+        """The keeper has closed its end, or is dead. Their lock is lost in either case; they must not be too."""
+        if not any(map(_is_alive, self._keepers)):
+            for pid in self.stopped:
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGCONT)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as status:
+            return status.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+    except OSError:
+        return False
+
+
 def main() -> None:
     """Serve until the keeper has closed its end."""
+    guard = Guard([int(pid) for pid in sys.argv[1:]])
     # Other users of the directory may have to see who holds.
     os.umask(0o022)
     peer = socket.socket(fileno=0)
@@ -225,9 +254,14 @@ def main() -> None:
     while True:
         packet, descriptors, _, _ = socket.recv_fds(peer, MAX_PACKET, 1)
         if not packet:
+            guard.end()
             # Not through the interpreter's end, which would wait for threads that hang.
             os._exit(0)
-        threads.take(json.loads(packet), descriptors)
+        request = json.loads(packet)
+        if request[0] == STOPPED:
+            guard.stopped = request[1]
+        else:
+            threads.take(request, descriptors)
 
 
 if __name__ == "__main__":

@@ -132,10 +132,12 @@ class Leasing(Told):
         file = self._service.files.get(key)
         if file:
             self._stopped.setdefault(key, set()).update(holding_programs.stop(file.lock.holders))
+            self._entrust()
 
     def trusted(self, key: Key) -> None:
         """Let them go on."""
         holding_programs.send(self._stopped.pop(key, ()), signal.SIGCONT)
+        self._entrust()
 
     def lost(self, key: Key) -> None:
         """End those who hold, or warn them, as they have asked for."""
@@ -153,6 +155,12 @@ class Leasing(Told):
                     stopped -= pids
                 self._drop(file, description)
         holding_programs.send(stopped, signal.SIGCONT)
+        self._entrust()
+
+    def _entrust(self) -> None:
+        leases = self._service.files.leases
+        if leases:
+            leases.runner.entrust(sorted(set().union(*self._stopped.values())))
 
     def _drop(self, file: File, description: Description) -> None:
         file.lock.release(description)
