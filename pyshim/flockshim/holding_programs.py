@@ -11,7 +11,7 @@ from flockshim._native import lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from flockshim.descriptions import Description
 
@@ -24,8 +24,8 @@ def find(descriptions: Iterable[Description]) -> list[int]:
     return [pid for pid in pids if pid not in ours and any(lib.native_is_open_in(one, pid) for one in kept)]
 
 
-def stop(descriptions: Iterable[Description]) -> set[int]:
-    """Stop the processes that have one of these descriptions open, and return them."""
+def stop(descriptions: Iterable[Description], begin: Callable[[set[int]], None] = lambda _: None) -> set[int]:
+    """Stop the processes that have one of these descriptions open, and return them; `begin` is told them before."""
     kept = list(descriptions)
     stopped: set[int] = set()
     while True:
@@ -33,6 +33,7 @@ def stop(descriptions: Iterable[Description]) -> set[int]:
         found = set(find(kept)) - stopped
         if not found:
             return stopped
+        begin(found)
         send(found, signal.SIGSTOP)
         stopped |= found
 

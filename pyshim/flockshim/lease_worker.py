@@ -53,6 +53,8 @@ MAX_PACKET = 1 << 20
 DELETED = " (deleted)"
 # Instead of a request's number: the processes that the keeper has stopped.
 STOPPED = -1
+# linux/sched.h; proc(5): the flags of a process.
+PF_EXITING = 0x4
 
 
 class _Directories:
@@ -237,11 +239,13 @@ class Guard:
 
 
 def _is_alive(pid: int) -> bool:
+    """Return whether a process is neither dead nor about to be: while it ends, it closes its descriptors."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as status:
-            return status.read().rpartition(b")")[2].split()[0] not in (b"Z", b"X")
+            fields = status.read().rpartition(b")")[2].split()
     except OSError:
         return False
+    return fields[0] not in (b"Z", b"X") and not int(fields[6]) & PF_EXITING
 
 
 def main() -> None:

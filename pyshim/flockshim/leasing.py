@@ -131,8 +131,13 @@ class Leasing(Told):
         """Stop those who hold; again as long as the doubt lasts, since they may have been continued, or have forked."""
         file = self._service.files.get(key)
         if file:
-            self._stopped.setdefault(key, set()).update(holding_programs.stop(file.lock.holders))
-            self._entrust()
+            stopped = self._stopped.setdefault(key, set())
+
+            def begin(found: set[int]) -> None:
+                stopped.update(found)
+                self._entrust()
+
+            holding_programs.stop(file.lock.holders, begin)
 
     def trusted(self, key: Key) -> None:
         """Let them go on."""
