@@ -34,3 +34,12 @@ def _close_all(waiting: queue.SimpleQueue[int]) -> None:
     while True:
         with contextlib.suppress(OSError):
             os.close(waiting.get())
+
+
+def _forget_thread() -> None:
+    """A process made by fork(2) has no thread but one."""
+    global _queue
+    _queue = None
+
+
+os.register_at_fork(after_in_child=_forget_thread)
