@@ -12,7 +12,7 @@ from cluster_program import Surroundings
 from flockshim import cluster
 from flockshim.cluster import Lease
 from flockshim.cluster_names import StateName, data_of, is_litter
-from flockshim.cluster_ops import Create, List, Rename, Unlink
+from flockshim.cluster_ops import Create, List, Look, Rename, Unlink
 from flockshim.cluster_state import Entry, State
 
 Patch = pytest.MonkeyPatch
@@ -121,15 +121,20 @@ def unopened(patch: Patch) -> None:
 
     def opened(self: Any, name: StateName) -> Any:
         run = original(self, name)
-        next(run)  # the Look
-        with contextlib.suppress(StopIteration):
-            op = run.send(None)
+        told: Any = None
+        while True:
             try:
-                text = yield op
-            except OSError as error:
-                run.throw(error)
-            else:
-                run.send(text)
+                op = run.send(told)
+            except StopIteration:
+                return
+            told = None
+            if not isinstance(op, Look):
+                try:
+                    told = yield op
+                except OSError as error:
+                    with contextlib.suppress(StopIteration):
+                        run.throw(error)
+                    return
 
     patch.setattr(Lease, "_open", opened)
     patch.setattr(Lease, "_is_current", is_current)

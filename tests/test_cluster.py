@@ -16,7 +16,7 @@ import pytest
 from flockshim import cluster_files
 from flockshim.cluster import Lease
 from flockshim.cluster_names import MAX_KEEPER, MAX_SERIAL_DIGITS, MAX_VERSION_DIGITS, Names, StateName
-from flockshim.cluster_ops import Create, Link, Operation, Pause, Symlink, Wait
+from flockshim.cluster_ops import Create, Link, List, Look, Operation, Pause, Symlink, Wait
 from flockshim.cluster_state import Entry, State, of_text
 from flockshim.cluster_vouch import GAP, HEARTBEATS, Judge, Voucher
 
@@ -145,24 +145,69 @@ def test_threads_as_hosts_never_overlap(directory: Path) -> None:
     assert len(names(directory)) == 2
 
 
+def until_it_waits(site: Site, protocol: Any) -> Any:
+    """Return the steps that are begun, when they have come to the Wait."""
+    op = next(protocol)
+    while not isinstance(op, Wait):
+        try:
+            result = site.perform(op)
+        except OSError as error:
+            op = protocol.throw(error)
+        else:
+            op = protocol.send(result)
+    return protocol
+
+
 def test_the_queue_can_be_seen_by_the_holder(directory: Path) -> None:
     holder, other = Site(directory, "a"), Site(directory, "b")
     holder.lock()
-    waiting = other.lease.acquire(True, True)
-    op = next(waiting)
-    while not isinstance(op, Wait):
-        try:
-            result = other.perform(op)
-        except OSError as error:
-            op = waiting.throw(error)
-        else:
-            op = waiting.send(result)
+    waiting = until_it_waits(other, other.lease.acquire(True, True))
     state = holder.run(holder.lease.refresh())
     assert [entry.ticket for entry in state.queue] == ["b-1"]
     assert holder.lease.token == 1
     holder.unlock()
     assert other.run(waiting) is True
     assert other.lease.token == 3
+
+
+def test_whoever_is_granted_the_lock_learns_so_by_one_listing(directory: Path) -> None:
+    holder, other = Site(directory, "a"), Site(directory, "b")
+    holder.lock()
+    waiting = until_it_waits(other, other.lease.acquire(True, True))
+    holder.unlock()
+    other.done.clear()
+    assert other.run(waiting) is True
+    assert [type(op) for op in other.done] == [Look, List]
+
+
+def test_a_listing_that_is_out_of_date_does_not_hide_who_waits(directory: Path) -> None:
+    holder, other = Site(directory, "a"), Site(directory, "b")
+    holder.lock()
+    listings = [names(directory)]
+    until_it_waits(other, other.lease.acquire(True, True))
+    perform = holder.perform
+    holder.perform = lambda op: listings.pop() if isinstance(op, List) and listings else perform(op)  # type: ignore[method-assign]
+    assert len(holder.run(holder.lease.refresh()).queue) == 1
+
+
+def test_a_lock_that_others_take_all_the_time_is_not_out_of_date(directory: Path) -> None:
+    """However often it changes between the listing and what follows, nobody pauses for it, or thinks it was removed."""
+    busy, other = Site(directory, "a"), Site(directory, "b")
+    busy.lock()
+    asking = other.lease.acquire(True, False)
+    op = next(asking)
+    for _ in range(500):
+        assert not isinstance(op, Pause)
+        if isinstance(op, Look):
+            busy.unlock()
+            busy.lock()
+        try:
+            result = other.perform(op)
+        except OSError as error:
+            op = asking.throw(error)
+        else:
+            op = asking.send(result)
+    asking.close()
 
 
 def test_a_dead_keeper_of_the_own_domain_is_replaced_at_once(directory: Path) -> None:

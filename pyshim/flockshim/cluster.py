@@ -234,7 +234,7 @@ class Lease:
 
     def _known(self) -> Protocol[State]:
         """Return the state as last known, looking for it if it is not."""
-        attempt = 0
+        attempt, newest = 0, -1
         while self._state is None:
             lineage = yield from self._claimed()
             if self._state is not None:
@@ -248,7 +248,10 @@ class Lease:
             if self._name is not None and self._state is not None:
                 known = self._name
                 self._litter.update(name for name in names if name is not None and is_litter(name, known))
-            if self._state is None:
+            elif states and max(states).version > newest:
+                # Not out of date, but changed since: whoever pauses does not get in where others lock all the time.
+                newest = max(states).version
+            else:
                 attempt += 1
                 if attempt == LOOK_AGAIN:
                     yield from self._doubt_lineage(lineage)
@@ -271,7 +274,6 @@ class Lease:
     def _open(self, name: StateName) -> Protocol[None]:
         data = data_of(name)
         try:
-            yield Look(self._names.state(name))
             text = "" if data is None else (yield Read(self._names.data(data)))
         except FileNotFoundError:
             return
@@ -283,6 +285,12 @@ class Lease:
             except ValueError as error:
                 text = f"not understood, {error}: written by another version of flockshim?"
                 raise OSError(errno.EBADMSG, text, self._names.data(data)) from error
+        # That we hold is true as soon as it was written; all else may have changed, as has what we knew.
+        if name == self._name or self._own(state.holders) is None:
+            try:
+                yield Look(self._names.state(name))
+            except FileNotFoundError:
+                return
         self._learn(name, state)
 
     def _learn(self, name: StateName, state: State) -> None:

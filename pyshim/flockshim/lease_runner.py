@@ -32,8 +32,9 @@ subprocess._USE_VFORK = False  # type: ignore[misc]
 MAX_PACKET = 1 << 20
 SOCKET_BYTES = 4 << 20
 FIRST_PAUSE, LONGEST_PAUSE = 0.005, 1.0
-# A waiter polls at first this often, in seconds; then after a part of the time for which nothing has changed for it.
-FIRST_POLL, POLL_PART = 0.005, 0.1
+# The queue's head polls at first this often, in seconds, who is behind more seldom for each that is ahead; then after a
+# part of the time for which nothing has changed for it.
+FIRST_POLL, POLL_STEP, POLL_PART = 0.002, 0.01, 0.1
 
 
 class WorkerLostError(OSError):
@@ -120,7 +121,7 @@ class Run:
         now = time.monotonic()
         if operation.position != self._position:
             self._position, self._moved = operation.position, now
-        first = FIRST_POLL * (1 + 2 * operation.position)
+        first = FIRST_POLL + POLL_STEP * operation.position
         return min(self._runner.longest_poll, max(first, POLL_PART * (now - self._moved)))
 
 
