@@ -7,7 +7,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Site:
         self.done: list[Operation] = []
         self.fails = fails or {}
         self.time = 0.0
-        self.while_it_waits = lambda: time.sleep(0.001)
+        self.while_it_waits: Callable[[], None] = lambda: time.sleep(0.001)
         self.keeper = keeper
         self.serial = itertools.count(1)
         self.judge = Judge(LEASE, self.clock, lambda other: True if other in dead else None)

@@ -6,11 +6,9 @@ import errno
 import fcntl
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import shim_environment
 from support.driver import BUSY, EX, NB, OK, SH, UN
 from support.hosts import await_waiting, recorded
 from support.keepers import keepers
@@ -23,29 +21,6 @@ from flockshim import holding_programs, nolockfs
 from flockshim.cluster_names import Names, StateName, data_of
 from flockshim.cluster_ops import Create, List, Wait
 from flockshim.host import proxy_path
-
-LEASE = 3.0
-
-
-def cluster_world(directory: Path, rendezvous: Path, *prefix: str) -> World:
-    """Programs in cluster mode; one rendezvous directory is one host, as far as locks are concerned."""
-    environment = shim_environment(rendezvous, FLOCKSHIM_LEASE=str(LEASE), FLOCKSHIM_IDLE="0.1")
-    return World("emulated", directory, {**environment, "FLOCKSHIM_MODE": "cluster"}, *prefix)
-
-
-@pytest.fixture
-def here(nolock_dir: Path, rendezvous: Path) -> Iterator[World]:
-    world = cluster_world(nolock_dir, rendezvous)
-    yield world
-    world.end()
-
-
-@pytest.fixture
-def there(nolock_dir: Path, other_rendezvous: Path) -> Iterator[World]:
-    """Another host."""
-    world = cluster_world(nolock_dir, other_rendezvous)
-    yield world
-    world.end()
 
 
 def test_a_lock_that_another_keeper_of_the_host_has_left_is_recorded(here: World, rendezvous: Path) -> None:

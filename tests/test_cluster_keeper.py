@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import shim_environment
 from support.driver import BUSY, EX, NB, OK, SH, UN
 from support.keepers import keepers
 from support.proc import await_true
@@ -28,82 +26,73 @@ def state_of(world: World, name: str = "file") -> str:
     return found.rpartition(".")[2]
 
 
-@pytest.fixture
-def cluster(nolock_dir: Path, rendezvous: Path) -> Iterator[World]:
-    """A world in cluster mode, with short leases and a keeper of its own."""
-    environment = shim_environment(rendezvous, FLOCKSHIM_LEASE="3")
-    world = World("emulated", nolock_dir, {**environment, "FLOCKSHIM_MODE": "cluster"})
-    yield world
-    world.end()
-
-
-def test_a_lock_is_recorded_beside_the_file(cluster: World) -> None:
-    driver, fd = cluster.opened()
-    assert cluster_files(cluster.directory) == set()
+def test_a_lock_is_recorded_beside_the_file(here: World) -> None:
+    driver, fd = here.opened()
+    assert cluster_files(here.directory) == set()
     assert driver.flock(fd, EX) == OK
-    assert state_of(cluster).startswith("x")
+    assert state_of(here).startswith("x")
     assert driver.flock(fd, UN) == OK
-    assert state_of(cluster) == "free"
+    assert state_of(here) == "free"
     assert driver.flock(fd, SH) == OK
-    assert state_of(cluster).startswith("s")
+    assert state_of(here).startswith("s")
     assert driver.flock(fd, EX) == OK
-    assert state_of(cluster).startswith("x")
+    assert state_of(here).startswith("x")
 
 
-def test_a_dead_holder_is_released(cluster: World) -> None:
-    driver, fd = cluster.opened()
+def test_a_dead_holder_is_released(here: World) -> None:
+    driver, fd = here.opened()
     assert driver.flock(fd, EX) == OK
     driver.kill()
-    other, other_fd = cluster.opened()
+    other, other_fd = here.opened()
     assert other.flock(other_fd, EX | NB) == OK
 
 
-def test_between_programs_of_the_host(cluster: World) -> None:
-    driver, fd = cluster.opened()
-    other, other_fd = cluster.opened()
+def test_between_programs_of_the_host(here: World) -> None:
+    driver, fd = here.opened()
+    other, other_fd = here.opened()
     assert driver.flock(fd, SH) == OK
     assert other.flock(other_fd, SH | NB) == OK
     assert other.flock(other_fd, EX | NB) == BUSY
     assert driver.flock(fd, UN) == OK
     assert other.flock(other_fd, EX | NB) == OK
     call = driver.flock_later(fd, EX)
-    cluster.await_blocked(call)
+    here.await_blocked(call)
     assert other.flock(other_fd, UN) == OK
     assert call.result() == OK
 
 
-def test_vouching_comes_and_goes(cluster: World) -> None:
-    driver, fd = cluster.opened()
+def test_vouching_comes_and_goes(here: World) -> None:
+    driver, fd = here.opened()
     assert driver.flock(fd, EX) == OK
 
     def vouching() -> list[str]:
-        return [name for name in cluster_files(cluster.directory) if name.startswith(".flockshim.")]
+        return [name for name in cluster_files(here.directory) if name.startswith(".flockshim.")]
 
     await_true(lambda: bool(vouching()), "the keeper to vouch")
     assert driver.flock(fd, UN) == OK
     await_true(lambda: not vouching(), "the vouching file to go")
 
 
-def test_a_killed_keeper_keeps_the_lease(cluster: World, rendezvous: Path) -> None:
-    driver, fd = cluster.opened()
+def test_a_killed_keeper_keeps_the_lease(here: World, rendezvous: Path) -> None:
+    driver, fd = here.opened()
     assert driver.flock(fd, EX) == OK
-    before = state_of(cluster)
+    before = state_of(here)
     ((_, worker),) = keepers(rendezvous)
     os.kill(worker, signal.SIGKILL)
-    await_true(lambda: state_of(cluster) not in (before, "free"), "the next one to take over")
-    assert cluster.probe(cluster.file(), SH) == BUSY
+    await_true(lambda: state_of(here) not in (before, "free"), "the next one to take over")
+    assert here.probe(here.file(), SH) == BUSY
     assert driver.flock(fd, UN) == OK
-    assert state_of(cluster) == "free"
-    assert cluster.free(cluster.file())
+    assert state_of(here) == "free"
+    assert here.free(here.file())
 
 
-def test_a_directory_that_takes_no_files(cluster: World) -> None:
+def test_a_directory_that_takes_no_files(here: World) -> None:
     """The kernel's errno, and one line; never a lock of this host only."""
-    driver, fd = cluster.opened("x" * 200)
+    driver, fd = here.opened("x" * 200)
     assert driver.flock(fd, EX) != OK
-    errors = cluster.fleet.errors()
+    errors = here.fleet.errors()
     assert "--mode host" in errors and errors.count("\n") == 1
-    cluster.fleet.forget_errors()
+    here.fleet.forget_errors()
 
 
 @pytest.mark.parametrize(("where", "leased"), [("mount", True), ("memory", False)])

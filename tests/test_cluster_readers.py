@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import shim_environment
 from support.driver import BUSY, EX, NB, OK, SH, UN
+from support.keepers import end_keepers
 from support.proc import await_true
 from support.worlds import World
 
@@ -23,6 +24,7 @@ def hosts(nolock_dir: Path, rendezvous: Path) -> Iterator[tuple[World, World]]:
     yield worlds[0], worlds[1]
     for world in worlds:
         world.end()
+        end_keepers(world.environment["FLOCKSHIM_DIR"])
 
 
 def test_many_readers_join_one_that_stays(hosts: tuple[World, World]) -> None:

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from conftest import shim_environment
+from conftest import cluster_world
 from support.driver import EX, OK, SH, UN
 from support.groups import PidNamespace
 from support.hosts import await_waiting, is_stopped, last_vouched, recorded
@@ -22,7 +22,6 @@ from support.worlds import World
 
 from flockshim.pytest_plugin import Mounts, require
 
-LEASE = 3.0
 CLOSE = {"x86_64": 3, "aarch64": 57}.get(platform.machine(), -1)
 
 # Most real servers answer FLUSH, so that close(2) waits for them; nolockfs says ENOSYS, and is not asked again.
@@ -36,27 +35,6 @@ handlers = Passthrough.handlers
 Passthrough.handlers = lambda self: {**handlers(self), FLUSH: lambda request: b""}
 sys.exit(nolockfs._main())
 """
-
-
-def cluster_world(directory: Path, rendezvous: Path, *prefix: str) -> World:
-    """Programs in cluster mode; one rendezvous directory is one host, as far as locks are concerned."""
-    environment = shim_environment(rendezvous, FLOCKSHIM_LEASE=str(LEASE), FLOCKSHIM_IDLE="0.1")
-    return World("emulated", directory, {**environment, "FLOCKSHIM_MODE": "cluster"}, *prefix)
-
-
-@pytest.fixture
-def here(nolock_dir: Path, rendezvous: Path) -> Iterator[World]:
-    world = cluster_world(nolock_dir, rendezvous)
-    yield world
-    world.end()
-
-
-@pytest.fixture
-def there(nolock_dir: Path, other_rendezvous: Path) -> Iterator[World]:
-    """Another host."""
-    world = cluster_world(nolock_dir, other_rendezvous)
-    yield world
-    world.end()
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import shim_environment
 from support.driver import EX, OK
 from support.hosts import is_stopped
 from support.keepers import end_keepers, keepers
@@ -16,14 +15,6 @@ from support.proc import await_true
 from support.worlds import World
 
 from flockshim.pytest_plugin import Mounts
-
-
-@pytest.fixture
-def cluster(nolock_dir: Path, rendezvous: Path) -> Iterator[World]:
-    environment = shim_environment(rendezvous, FLOCKSHIM_LEASE="3")
-    world = World("emulated", nolock_dir, {**environment, "FLOCKSHIM_MODE": "cluster"})
-    yield world
-    world.end()
 
 
 @pytest.fixture
@@ -35,10 +26,8 @@ def server(_nolock_mounts: Mounts) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("successor", [True, False])
-def test_nobody_stays_stopped_when_the_keeper_dies(
-    cluster: World, rendezvous: Path, server: int, successor: bool
-) -> None:
-    driver, fd = cluster.opened()
+def test_nobody_stays_stopped_when_the_keeper_dies(here: World, rendezvous: Path, server: int, successor: bool) -> None:
+    driver, fd = here.opened()
     assert driver.flock(fd, EX) == OK
     os.kill(server, signal.SIGSTOP)
     await_true(lambda: is_stopped(driver.pid), "the holder to be stopped")

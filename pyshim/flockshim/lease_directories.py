@@ -105,7 +105,7 @@ class Directories:
 
         def ended(_: None, error: Exception | None) -> None:
             directory.vouching = False
-            directory.has_file = error is not None and not is_gone(error)
+            directory.has_file = error is not None and not is_over(error)
 
         self._runner.run(directory, directory.voucher.withdraw(), ended)
 
@@ -121,7 +121,7 @@ class Directories:
 
         def ended(more: bool | None, error: Exception | None) -> None:
             directory.vouching = False
-            if not more and (error is None or is_gone(error)):
+            if not more and (error is None or is_over(error)):
                 directory.sweep_at = None
 
         self._runner.run(directory, directory.judge.sweep(self._aliveness.keeper, MOST_WATCHED), ended)
@@ -136,3 +136,8 @@ class Directories:
 def is_gone(error: Exception) -> bool:
     """Return whether an operation failed because its directory, or what was recorded there, was removed."""
     return isinstance(error, OSError) and error.errno in GONE
+
+
+def is_over(error: Exception) -> bool:
+    """Return whether there is nothing to be given back any more, or no way to: a FUSE server that died stays away."""
+    return is_gone(error) or (isinstance(error, OSError) and error.errno == errno.ENOTCONN)

@@ -10,7 +10,7 @@ from flockshim import cluster_notes
 from flockshim.cluster import Lease
 from flockshim.cluster_names import LINEAGE_DIGITS
 from flockshim.cluster_vouch import GAP
-from flockshim.lease_directories import Directories, is_gone
+from flockshim.lease_directories import Directories, is_gone, is_over
 from flockshim.lease_files import FileLease, Told, clock
 from flockshim.lease_runner import Runner, WorkerLostError
 from flockshim.lease_worker import Enter
@@ -327,7 +327,7 @@ class Leases:
         lease.mode = None
 
         def ended(_: None, error: Exception | None) -> None:
-            if error and is_gone(error):
+            if error and is_over(error):
                 # uv removes whole directories in which it has locked a file: there is nothing to give back.
                 self._renew(lease)
                 error = None
