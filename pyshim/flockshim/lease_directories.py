@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import time
 
 from flockshim.cluster_vouch import GAP, HEARTBEATS, Voucher
 from flockshim.lease_files import Directory, clock
@@ -59,10 +60,11 @@ class Directories:
     def tick(self, now: float) -> None:
         """Vouch where something is held or waited for longer than a heartbeat; stop vouching where nothing is."""
         for directory in list(self._all.values()):
-            if not directory.vouching:
-                self._look_after(directory, now)
+            self._look_after(directory, now)
 
     def _look_after(self, directory: Directory, now: float) -> None:
+        if directory.vouching or directory.place.number not in self._all:
+            return
         heartbeat = self._seconds / HEARTBEATS
         entries = [one for one in directory.leases if one.named is not False and (one.mode is not None or one.busy)]
         age = heartbeat if directory.has_file else min(heartbeat, NOTE_SECONDS)
@@ -116,13 +118,18 @@ class Directories:
         if not due:
             directory.sweep_at = now + NOTE_SECONDS
             return
-        directory.sweep_at = now + self._seconds * GAP / 2
+        directory.sweep_at = now
         directory.vouching = True
 
         def ended(more: bool | None, error: Exception | None) -> None:
             directory.vouching = False
             if not more and (error is None or is_over(error)):
                 directory.sweep_at = None
+            else:
+                # With short leases sooner than the next tick: what is seen too seldom does not count.
+                again = time.monotonic() + self._seconds * GAP / 2
+                directory.sweep_at = clock() + self._seconds * GAP / 4
+                self._runner.at(again, lambda: self._look_after(directory, clock()))
 
         self._runner.run(directory, directory.judge.sweep(self._aliveness.keeper, MOST_WATCHED), ended)
 
