@@ -23,7 +23,7 @@ LEASE = 3.0
 # In the first the same histories each time, unshrunk: a failure must not take the suite's time.
 hypothesis.settings.register_profile(
     "suite",
-    max_examples=120,
+    max_examples=60,
     derandomize=True,
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
