@@ -17,7 +17,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "flockshim.libflockshim"
 
-CLIENT_SOURCES = ["lock", "client", "channel", "start", "rendezvous", "report", "config", "text"]
+CLIENT_SOURCES = ["lock", "client", "channel", "shared", "start", "rendezvous", "report", "config", "text"]
 SHIM_SOURCES = ["flock", *CLIENT_SOURCES, "memory"]
 NATIVE_SOURCES = [
     *CLIENT_SOURCES,
@@ -108,10 +108,13 @@ CDEF = """
     #define KIND_GRANT ...
     #define KIND_TIMEOUT ...
     #define FLAG_TELL ...
+    #define FLAG_CLUSTER ...
+    #define FLAG_ONLY_WARN ...
 
     void config_read(struct config *config, char **environment);
     int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);
     int config_triggers(const struct config *config, int error);
+    int is_for_all_hosts(const struct config *config, int descriptor);
     int lock_by_kernel(const struct config *config, int descriptor, int operation);
     int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor, int operation,
                      int kernel_error);

@@ -13,7 +13,7 @@ def contenders(world: World) -> list[Contender]:
     shared, soft = str(directory / "chain"), str(directory / "chain.s")
     floor = str(world.memory / "chain.k")
     return [
-        Contender("flockshim", python("chain.py", "flock", shared), world.shim(simulate=simulate)),
+        Contender("flockshim", python("chain.py", "flock", shared), world.shim("host", simulate)),
         Contender("SoftFileLock", python("chain.py", "SoftFileLock", soft), world.native()),
         Contender("SoftFileLock, polling each 5 ms", python("chain.py", "SoftFileLock", soft, "0.005"), world.native()),
         Contender("kernel flock on tmpfs", python("chain.py", "flock", floor), world.native()),

@@ -7,6 +7,10 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+import cluster_contended
+import cluster_hosts
+import cluster_idle
+import cluster_uncontended
 import contended
 import keeper_costs
 import launcher
@@ -62,6 +66,17 @@ def _launcher(world: World, scale: float) -> Iterable[Table]:
     yield table
 
 
+def _cluster(world: World, scale: float) -> Iterable[Table]:
+    lacking = cluster_hosts.lacking(world)
+    if lacking:
+        print(f"skipped: cluster mode: {lacking}", file=sys.stderr)
+        return
+    yield cluster_uncontended.compare(int(20 * scale))
+    for hosts, processes in ((1, 10), (2, 10), (4, 10), (8, 10), (1, 100)):
+        yield cluster_contended.compare(hosts, processes, int(cluster_contended.TURNS * scale), max(5, 10 * scale))
+    yield cluster_idle.compare(60 * scale)
+
+
 SECTIONS: dict[str, Callable[[World, float], Iterable[Table]]] = {
     "mount": _failing_mount,
     "simulated": _simulated,
@@ -71,6 +86,7 @@ SECTIONS: dict[str, Callable[[World, float], Iterable[Table]]] = {
     "dead": _dead,
     "memory": _memory,
     "launcher": _launcher,
+    "cluster": _cluster,
 }
 
 

@@ -61,7 +61,7 @@ def kernel(world: World) -> list[Contender]:
 
 def failing(world: World, title: str, directory: Path, rounds: int, simulate: str | None) -> Table:
     """Compare what can lock where the kernel cannot."""
-    contenders = contenders_in(world, directory, world.shim(simulate=simulate), world.shim("success", simulate))
+    contenders = contenders_in(world, directory, world.shim("host", simulate), world.shim("success", simulate))
     measured = measure([*contenders, *kernel(world)], rounds)
     soft = median(measured["SoftFileLock"])
     table = Table(title, "acquire and release", "median", "middle half of the rounds", "faster than SoftFileLock")

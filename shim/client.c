@@ -13,6 +13,7 @@
 #include "protocol.h"
 #include "rendezvous.h"
 #include "report.h"
+#include "shared.h"
 #include "start.h"
 #include "syscalls.h"
 #include "text.h"
@@ -174,7 +175,7 @@ static enum outcome receive_answer(struct call *call) {
         if (call->answer.kind == KIND_WAITING) {
             report_waiting(call->config, call->request.descriptor, call->answer.text);
             call->told = 1;
-            call->request.flags = 0;
+            call->request.flags &= ~FLAG_TELL;
             continue;
         }
         /* The lock is ours only if the keeper learns that we are still here: a call that was left
@@ -263,6 +264,13 @@ static int shall_tell(const struct call *call) {
     return call->blocking && !call->config->quiet && (call->config->verbose || is_terminal(2));
 }
 
+static uint32_t flags_of(const struct call *call) {
+    int cluster = is_for_all_hosts(call->config, call->request.descriptor);
+
+    return (shall_tell(call) ? FLAG_TELL : 0) | (cluster ? FLAG_CLUSTER : 0) |
+           (call->config->only_warn ? FLAG_ONLY_WARN : 0);
+}
+
 static enum outcome prepare(struct call *call, const struct stat *status, int operation) {
     int descriptor = call->request.descriptor;
 
@@ -277,7 +285,7 @@ static enum outcome prepare(struct call *call, const struct stat *status, int op
                                   .descriptor = descriptor,
                                   .device = status->st_dev,
                                   .inode = status->st_ino,
-                                  .flags = shall_tell(call) ? FLAG_TELL : 0};
+                                  .flags = flags_of(call)};
     if (call->config->bad) {
         struct text text = text_over(call->answer.text, sizeof call->answer.text);
 

@@ -43,8 +43,12 @@ static void set_triggers(struct config *config, const char *value) {
 }
 
 static void set_mode(struct config *config, const char *value) {
-    if (text_equal(value, "host") || text_equal(value, "auto"))
+    if (text_equal(value, "cluster"))
+        config->mode = MODE_CLUSTER;
+    else if (text_equal(value, "host"))
         config->mode = MODE_HOST;
+    else if (text_equal(value, "auto"))
+        config->mode = MODE_AUTO;
     else if (text_equal(value, "success"))
         config->mode = MODE_SUCCESS;
     else if (text_equal(value, "fail"))
@@ -105,6 +109,8 @@ static void set(struct config *config, const char *entry) {
         config->verbose = is_on(value);
     else if ((value = text_after(entry, "TIMEOUT=")) && *value)
         set_timeout(config, value);
+    else if ((value = text_after(entry, "ON_LOST=")))
+        config->only_warn = text_equal(value, "warn");
     else if ((value = text_after(entry, "SIMULATE=")) && *value)
         set_simulate(config, value);
     else if ((value = text_after(entry, "DIR=")))

@@ -18,7 +18,7 @@
 /* What stands in for the kernel's answer where --force keeps it from being asked. */
 #define CONFIG_FORCED_ERROR ENOSYS
 
-enum config_mode { MODE_HOST, MODE_SUCCESS, MODE_FAIL };
+enum config_mode { MODE_AUTO, MODE_HOST, MODE_CLUSTER, MODE_SUCCESS, MODE_FAIL };
 
 struct config {
     int loaded;
@@ -26,7 +26,8 @@ struct config {
     int force;
     int quiet;
     int verbose;
-    int timeout; /* milliseconds that a lock may be waited for; negative: for ever */
+    int only_warn; /* of a lost lease */
+    int timeout;   /* milliseconds that a lock may be waited for; negative: for ever */
     uint64_t error_device, error_inode; /* the standard error that the program was started with */
     int simulate; /* errno that stands in for the kernel's answer; 0: ask the kernel */
     int triggers[CONFIG_MAX_TRIGGERS];

@@ -9,6 +9,7 @@
 #include "lock.h"
 #include "protocol.h"
 #include "rendezvous.h"
+#include "shared.h"
 
 enum native_status {
     STATUS_LOCK,    /* a request, with its description */

@@ -10,6 +10,8 @@
 #define PROTOCOL_VERSION 2
 #define PROTOCOL_TEXT 400
 #define FLAG_TELL 1u
+#define FLAG_CLUSTER 2u
+#define FLAG_ONLY_WARN 4u
 
 enum protocol_kind {
     KIND_LOCK = 1, /* with the descriptor attached; operation as in flock(2) */

@@ -17,11 +17,13 @@ from support.worlds import World
 from flockshim.pytest_plugin import require
 
 NATIVE_ROOT = "/dev/shm"
+LEASE = 3.0
+"""Seconds: short, and long enough for a machine that is busy."""
 
 # In the first the same histories each time, unshrunk: a failure must not take the suite's time.
 hypothesis.settings.register_profile(
     "suite",
-    max_examples=120,
+    max_examples=60,
     derandomize=True,
     database=None,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
@@ -76,6 +78,28 @@ def emulated_world(request: pytest.FixtureRequest, rendezvous: Path) -> World:
     """A directory whose flock fails in the kernel, and the shim."""
     directory = request.getfixturevalue("nolock_dir")
     return World("emulated", directory, shim_environment(rendezvous))
+
+
+def cluster_world(directory: Path, rendezvous: Path, *prefix: str, **more: str) -> World:
+    """Programs in cluster mode. As far as locks are concerned, one rendezvous directory is one host."""
+    environment = shim_environment(rendezvous, FLOCKSHIM_LEASE=str(LEASE), **more)
+    return World("emulated", directory, {**environment, "FLOCKSHIM_MODE": "cluster"}, *prefix)
+
+
+@pytest.fixture
+def here(nolock_dir: Path, rendezvous: Path) -> Iterator[World]:
+    """A host in cluster mode, whose keeper leaves soon."""
+    world = cluster_world(nolock_dir, rendezvous, FLOCKSHIM_IDLE="0.1")
+    yield world
+    world.end()
+
+
+@pytest.fixture
+def there(nolock_dir: Path, other_rendezvous: Path) -> Iterator[World]:
+    """Another host."""
+    world = cluster_world(nolock_dir, other_rendezvous, FLOCKSHIM_IDLE="0.1")
+    yield world
+    world.end()
 
 
 def _ended_quietly(world: World) -> None:

@@ -51,7 +51,6 @@ def test_settings_given_win_over_variables() -> None:
     ("settings", "words"),
     [
         ({"mode": "fast"}, "unknown mode 'fast'"),
-        ({"mode": "cluster"}, "not available"),
         ({"errno": "ENOSUCH"}, "'ENOSUCH'"),
         ({"errno": []}, "--errno"),
         ({"simulate": "ENOSYS:/no/such"}, "'/no/such'"),

@@ -130,13 +130,15 @@ def test_modes(emulated: World, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(OSError) as raised, FileLock(path, mode="fail"):
         pass
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSYS, str(path))
+    assert not list(path.parent.glob(".file.flockshim*"))
+    with FileLock(path, mode="cluster"), pytest.raises(Timeout), FileLock(path, 0, mode="host"):
+        assert list(path.parent.glob(".file.flockshim.*.x*"))
     with FileLock(path, mode="host"), pytest.raises(Timeout), FileLock(path, 0, 0o600):
         pass
     assert descriptors() == before
     assert capfd.readouterr() == ("", "")
-    for wrong in ("cluster", "wrong"):
-        with pytest.raises(FlockshimError, match=wrong):
-            FileLock(path, mode=wrong)
+    with pytest.raises(FlockshimError, match="wrong"):
+        FileLock(path, mode="wrong")
 
 
 def test_the_environment_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

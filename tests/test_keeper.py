@@ -56,7 +56,7 @@ def test_an_idle_keeper_leaves_and_the_next_lock_starts_another(
     try:
         driver = fleet.start()
         fd = driver.open(world.file())
-        for _ in range(3):
+        for _ in range(2):
             assert driver.flock(fd, EX) == OK
             first = _only_keeper(rendezvous)
             assert driver.flock(fd, UN) == OK

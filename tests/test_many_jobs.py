@@ -72,7 +72,15 @@ def index() -> Iterator[CountingIndex]:
         yield served
 
 
-@pytest.fixture(params=[("newest", "memory"), ("newest", "mount"), ("0.7.0", "mount")], ids="-".join)
+# The last one takes as long as the others and tells least: what flockshim does there is the kernel's work.
+PLACES = [
+    ("newest", "mount"),
+    ("0.7.0", "mount"),
+    *([("newest", "memory")] if os.environ.get("FLOCKSHIM_SOAK") else []),
+]
+
+
+@pytest.fixture(params=PLACES, ids="-".join)
 def place(request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
     """A uv, and a directory: where the kernel locks, or where it refuses to."""
     version, where = request.param

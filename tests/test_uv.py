@@ -172,8 +172,8 @@ def whole_day(uv: Uv, shim: tuple[str, ...] | None) -> tuple[set[str], set[str]]
 
 
 def names(uv: Uv) -> set[str]:
-    """Every name below the base; hashes of its path don't count."""
-    return {re.sub(r"[0-9a-f]{16,}", "HASH", name) for name in uv.tree()}
+    """Every name below the base; hashes of its path don't count, nor what cluster mode records (docs/cluster.md)."""
+    return {re.sub(r"[0-9a-f]{16,}", "HASH", name) for name in uv.tree() if ".flockshim" not in name}
 
 
 def use_tool(uv: Uv, shim: tuple[str, ...] | None) -> None:

@@ -11,18 +11,27 @@ import sys
 
 from flockshim import FlockshimError, __version__, launch
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 HELP = """\
 usage: flockshim [OPTION...] [--] COMMAND [ARG...]
        flockshim [OPTION...] --env
        flockshim --locks [PATH...] [--json]
        flockshim --check [DIR] [--json] [--timeout SECONDS]
+       flockshim --break PATH [--yes]
+       flockshim --clean DIR [--wait]
 
 Run COMMAND, unmodified, so that its flock() calls work on file systems where
 they fail.
 
   --mode MODE        what a failing lock call becomes:
                        host     a lock between your programs on this host
-                       auto     the safest there is, now host (default)
+                       cluster  that, and a lease recorded beside the file:
+                                between all hosts that share it
+                       auto     cluster on network and FUSE file systems,
+                                host on others (default)
                        success  success, without any protection
                        fail     the error, as without flockshim
   --errno LIST       errnos that mean "cannot lock", names or numbers
@@ -39,9 +48,17 @@ they fail.
     --inherit        what COMMAND has left running keeps the lock
   --timeout SECONDS  wait no longer for --lock (then exit with status 75), nor
                      for a lock inside COMMAND (whose call then fails)
-  --locks [PATH...]  show who holds and who waits for locks on this host
+  --on-lost kill|warn
+                     what a lost cluster lease does to its holder (default kill)
+  --locks [PATH...]  show who holds and who waits for locks on this host; with
+                     PATH, on other hosts too
   --check [DIR]      try what DIR's file system can lock, and say what to do
   --json             --locks and --check for programs
+  --break PATH       show who holds the lock on PATH between hosts, ask, and
+                     take it away
+    --yes            don't ask
+  --clean DIR        remove what crashes have left of cluster mode below DIR
+    --wait           judge other hosts too, which takes a lease time
   --env              print the environment for a whole shell:
                      eval "$(flockshim --env)"
   --quiet            print no warnings
@@ -49,8 +66,9 @@ they fail.
   --version, --help
 
 The variables FLOCKSHIM_MODE, FLOCKSHIM_ERRNO, FLOCKSHIM_FORCE=1,
-FLOCKSHIM_SIMULATE, FLOCKSHIM_TIMEOUT, FLOCKSHIM_QUIET=1 and FLOCKSHIM_VERBOSE=1
-say the same; an option wins over its variable.
+FLOCKSHIM_SIMULATE, FLOCKSHIM_TIMEOUT, FLOCKSHIM_ON_LOST, FLOCKSHIM_QUIET=1 and
+FLOCKSHIM_VERBOSE=1 say the same; an option wins over its variable.
+FLOCKSHIM_LEASE is the lease time in seconds (default 90), alike on all hosts.
 
 The exit status is COMMAND's own, or 125 if flockshim fails (also when it cannot
 protect COMMAND), 126 if COMMAND cannot be executed, 127 if it is not found, 75
@@ -65,7 +83,7 @@ NOT_FOUND = 127
 
 CHECK_SECONDS = 5.0
 
-WITH_VALUE = ("mode", "errno", "simulate", "timeout", "lock")
+WITH_VALUE = ("mode", "errno", "simulate", "timeout", "on-lost", "lock")
 FLAGS = (
     "force",
     "quiet",
@@ -76,14 +94,24 @@ FLAGS = (
     "locks",
     "check",
     "json",
+    "break",
+    "yes",
+    "clean",
+    "wait",
     "env",
     "help",
     "version",
 )
 
 # What else may be said with an option that runs no COMMAND, or that only makes sense with another.
-WITH_LOCKS = {"locks", "json"}
-WITH_CHECK = {"check", "json", "timeout"}
+WITH = {
+    "locks": ("json",),
+    "check": ("json", "timeout"),
+    "break": ("yes",),
+    "clean": ("wait",),
+}
+NEEDS = {"json": "--locks or --check", "yes": "--break", "wait": "--clean"}
+OPERAND = {"check": "directory", "break": "file or directory", "clean": "directory"}
 OF_LOCK = ("shared", "no-wait", "inherit")
 
 
@@ -95,7 +123,7 @@ def main() -> int:
         if "help" in options or "version" in options:
             _print(HELP if "help" in options else f"flockshim {__version__}\n")
             return 0
-        if "locks" in options or "check" in options:
+        if not WITH.keys().isdisjoint(options):
             return _inspect(options, command)
         return _run(options, command)
     except FlockshimError as error:
@@ -119,7 +147,7 @@ def _parse(words: "list[str]") -> "tuple[dict[str, str | bool], list[str]]":
     while index < len(words):
         word = words[index]
         if word == "-" or not word.startswith("-"):
-            if "locks" not in options and "check" not in options:
+            if WITH.keys().isdisjoint(options):
                 break
             operands.append(word)
             index += 1
@@ -145,10 +173,14 @@ def _parse(words: "list[str]") -> "tuple[dict[str, str | bool], list[str]]":
 
 
 def _inspect(options: "dict[str, str | bool]", paths: "list[str]") -> int:
-    what = "locks" if "locks" in options else "check"
+    what = next(name for name in WITH if name in options)
     for name in options:
-        if name not in (WITH_LOCKS if what == "locks" else WITH_CHECK):
+        if name != what and name not in WITH[what]:
             raise FlockshimError(f"--{what} and --{name} exclude each other: leave one out")
+    if what != "locks" and len(paths) > 1:
+        raise FlockshimError(f"--{what} takes one {OPERAND[what]}, but was given {paths[1]!r} too")
+    if what in ("break", "clean") and not paths:
+        raise FlockshimError(f"--{what} needs a {OPERAND[what]}: see flockshim --help")
     # How long programs wait for locks is no measure of how long a file system may take.
     base = {**_own_environment(), "FLOCKSHIM_TIMEOUT": ""}
     environ = launch.environment(base, timeout=options.get("timeout"))  # type: ignore[arg-type]
@@ -156,8 +188,14 @@ def _inspect(options: "dict[str, str | bool]", paths: "list[str]") -> int:
         from flockshim import locks_command
 
         return locks_command.run(paths, "json" in options, environ, _print, _say)
-    if len(paths) > 1:
-        raise FlockshimError(f"--check takes one directory, but was given {paths[1]!r} too")
+    if what == "break":
+        from flockshim import break_command
+
+        return break_command.run(paths[0], "yes" in options, environ, _print, _say)
+    if what == "clean":
+        from flockshim import clean_command
+
+        return clean_command.run(paths[0], "wait" in options, environ, _print, _say)
     from flockshim import check
 
     seconds = float(environ.get("FLOCKSHIM_TIMEOUT", CHECK_SECONDS))
@@ -173,7 +211,8 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
     if not printing and not command:
         raise FlockshimError("no COMMAND given: see flockshim --help")
     lock = _take_lock_options(options, printing)
-    environ = launch.environment(_own_environment(), **options)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {name.replace("-", "_"): value for name, value in options.items()}
+    environ = launch.environment(_own_environment(), **settings)
     if printing:
         _warn(environ)
         _print(_exports(environ))
@@ -183,8 +222,9 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
 
 def _take_lock_options(options: "dict[str, str | bool]", printing: bool) -> "dict[str, str | bool]":
     lock = {name: options.pop(name) for name in ("lock", *OF_LOCK) if name in options}
-    if "json" in options:
-        raise FlockshimError("--json needs --locks or --check")
+    for name, needed in NEEDS.items():
+        if name in options:
+            raise FlockshimError(f"--{name} needs {needed}")
     for name in lock:
         if "lock" not in lock:
             raise FlockshimError(f"--{name} needs --lock PATH")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from flockshim import closing
 from flockshim._native import ffi, lib
 
 TYPE_CHECKING = False
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 class Description:
     """An open file description, by the keeper's duplicate, and where it was last seen open."""
 
-    __slots__ = ("descriptor", "key", "number", "pid", "since", "taker", "waits")
+    __slots__ = ("descriptor", "key", "number", "only_warn", "pid", "since", "taker", "waits")
 
     def __init__(self, descriptor: int, key: Key, pid: int, number: int) -> None:
         """`number` is the descriptor's number in process `pid`."""
@@ -28,6 +29,7 @@ class Description:
         # While the lock is held: since when (seconds since the epoch), and the process that took it.
         self.since = 0.0
         self.taker = 0
+        self.only_warn = False
 
     def is_where_it_was(self) -> bool:
         """Return whether it is still open where it was last seen."""
@@ -68,6 +70,10 @@ class Descriptions:
         """Return how many there are."""
         return len(self._items)
 
+    def any(self) -> Description | None:
+        """Return one of them."""
+        return self._items[0] if self._items else None
+
     def find(self, descriptor: int) -> Description | None:
         """Return the one that `descriptor` is a duplicate of."""
         index, found = self._search(descriptor)
@@ -81,7 +87,7 @@ class Descriptions:
     def remove(self, description: Description) -> None:
         """Forget one, and close the keeper's duplicate."""
         self._items.remove(description)
-        os.close(description.descriptor)
+        closing.close(description.descriptor)
 
     def _search(self, descriptor: int) -> tuple[int, bool]:
         low, high = 0, len(self._items)

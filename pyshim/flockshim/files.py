@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from flockshim.descriptions import Description
     from flockshim.host import Host, Key
     from flockshim.journal import Journal
+    from flockshim.leases import Leases
     from flockshim.programs import Connection
 
 
 class File:
     """One file: its lock, and the descriptions that hold or want it."""
 
-    __slots__ = ("descriptions", "key", "lock", "undecided")
+    __slots__ = ("descriptions", "key", "leased", "lock", "undecided", "unlocking")
 
     def __init__(self, key: Key, lock: FileLock) -> None:
         """Begin with none."""
@@ -28,6 +29,10 @@ class File:
         # Non-blocking requests that another keeper's lock forbids, until that keeper has looked: see Host. Or one
         # that was granted to a program which has not said yet that it is still there.
         self.undecided: list[tuple[Connection, Description, bool, float]] = []
+        # Programs whose unlocking is over when the lease has been given back.
+        self.unlocking: list[Connection] = []
+        # A program has asked for it in cluster mode: nobody holds it without a lease any more.
+        self.leased = False
 
 
 class Files(dict["Key", File]):
@@ -38,18 +43,30 @@ class Files(dict["Key", File]):
         super().__init__()
         self._host = host
         self._journal = journal
+        self.leases: Leases | None = None
 
     def of(self, key: Key) -> File:
         """Return the file, a new one if need be."""
         file = self.get(key)
         if file is None:
             lock = FileLock(
-                lambda exclusive, barging: self._host.permit(key, exclusive, barging),
+                lambda exclusive, barging: self._permit(key, exclusive, barging),
                 self._note,
                 lambda description: self._journal.clear(description.descriptor),
             )
             file = self[key] = File(key, lock)
         return file
+
+    def _permit(self, key: Key, exclusive: bool, barging: bool) -> bool:
+        # This host first, so that of its keepers one asks the others.
+        if not self._host.permit(key, exclusive, barging):
+            return False
+        file = self[key]
+        if not file.leased:
+            return True
+        lock = file.lock
+        waits = not barging or bool(lock.queue)
+        return self.leases is not None and self.leases.permit(key, exclusive, waits, bool(lock.holders), barging)
 
     def holds(self, description: Description) -> bool:
         """Return whether a description holds a lock."""
@@ -73,4 +90,5 @@ class Files(dict["Key", File]):
             description.taker,
             description.number,
             description.since,
+            self[description.key].leased,
         )

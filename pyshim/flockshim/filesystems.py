@@ -158,6 +158,25 @@ def _afs(options: set[str], _: str) -> Reach:
     return Reach(HOSTS, "the AFS server keeps the locks of whole files; those of ranges may stay on this host")
 
 
+# Object stores, where two hosts can both succeed in renaming one file: the name is copied, then deleted.
+RENAME_COPIES = frozenset(
+    [
+        *("s3fs", "goofys", "mountpoint-s3", "gcsfuse", "rclone", "blobfuse", "blobfuse2"),
+        *("cloudfuse", "ossfs", "ossfs2", "cosfs", "obsfs"),
+    ]
+)
+
+
+def object_store(system: FileSystem) -> str | None:
+    """Return the name of the object store's program behind a FUSE mount; None if it is none, or not known as one.
+
+    Some give their name as the subtype, some as the source.
+    """
+    kind, _, subtype = system.type.partition(".")
+    names = RENAME_COPIES.intersection([subtype, system.source]) if kind == "fuse" else ()
+    return next(iter(names), None)
+
+
 BY_OPTIONS: dict[str, Callable[[set[str], str], Reach]] = {
     "nfs": _nfs,
     "nfs4": _nfs,

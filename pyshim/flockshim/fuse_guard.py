@@ -43,6 +43,8 @@ def run(backing: str, mountpoint: str, flock: LockAnswer, posix: LockAnswer, own
     if not select.select([server_end], [], [], _GRACE_SECONDS)[0]:
         os.kill(server, signal.SIGKILL)  # another mount namespace still has a copy of the mount
     os.waitpid(server, 0)
+    # A signal that comes now finds nobody at the socket's other end.
+    signal.set_wakeup_fd(-1)
 
 
 def _wakeup_on_signals() -> socket.socket:

@@ -5,6 +5,7 @@ import os
 import traceback
 from typing import Callable, Literal, Union
 
+from flockshim import fuse_counts
 from flockshim import fuse_protocol as p
 from flockshim.fuse_passthrough import Answer, Passthrough
 from flockshim.fuse_protocol import Capability, Opcode, Request
@@ -45,6 +46,7 @@ class Server:
         self._posix = posix
         self._on_ready = on_ready
         self._hanging: set[int] = set()
+        self._counts = fuse_counts.make()
         self._handlers = {
             **Passthrough(backing).handlers(),
             Opcode.INIT: self._init,
@@ -65,12 +67,15 @@ class Server:
             try:
                 length = os.readv(self._device, [buffer])
             except OSError as error:
-                if error.errno == errno.ENODEV:
+                # ECONNABORTED: unmounted by force just when a request was read.
+                if error.errno in (errno.ENODEV, errno.ECONNABORTED):
                     return
                 if error.errno == errno.ENOENT:
                     continue  # the request was withdrawn before it was read
                 raise
             _, opcode, unique, node, uid, gid, _, _ = p.IN_HEADER.unpack_from(buffer)
+            if opcode < fuse_counts.OPCODES:
+                self._counts[opcode] += 1
             body = view[p.IN_HEADER.size : length]
             self._answer(Request(opcode, unique, node, uid, gid, body))
 

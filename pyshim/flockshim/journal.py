@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 
-_ENTRY = struct.Struct("=xxxxiiiQQd")
+_ENTRY = struct.Struct("=x?xxiiiQQd")
 _NOTHING, _SHARED, _EXCLUSIVE = 0, 1, 2
 
 
@@ -22,21 +22,23 @@ class Journal:
         self.capacity = capacity
         self._memory = mmap.mmap(-1, capacity * _ENTRY.size)
 
-    def note(self, descriptor: int, exclusive: bool, key: tuple[int, int], pid: int, number: int, since: float) -> None:
+    def note(
+        self, descriptor: int, exclusive: bool, key: tuple[int, int], pid: int, number: int, since: float, leased: bool
+    ) -> None:
         """Record that `descriptor` is a lock on file `key`, taken by process `pid` as its `number`, at time `since`."""
         at = descriptor * _ENTRY.size
-        _ENTRY.pack_into(self._memory, at, descriptor, pid, number, *key, since)
+        _ENTRY.pack_into(self._memory, at, leased, descriptor, pid, number, *key, since)
         self._memory[at] = _EXCLUSIVE if exclusive else _SHARED
 
     def clear(self, descriptor: int) -> None:
         """Record that `descriptor` is no lock."""
         self._memory[descriptor * _ENTRY.size] = _NOTHING
 
-    def read(self, descriptor: int) -> tuple[bool, int, int, int, int, float] | None:
-        """Return (exclusive, device, inode, pid, number, since), or None where there is no lock."""
+    def read(self, descriptor: int) -> tuple[bool, int, int, int, int, float, bool] | None:
+        """Return (exclusive, device, inode, pid, number, since, leased), or None where there is no lock."""
         at = descriptor * _ENTRY.size
         mode = self._memory[at]
         if mode == _NOTHING:
             return None
-        _, pid, number, device, inode, since = _ENTRY.unpack_from(self._memory, at)
-        return mode == _EXCLUSIVE, device, inode, pid, number, since
+        leased, _, pid, number, device, inode, since = _ENTRY.unpack_from(self._memory, at)
+        return mode == _EXCLUSIVE, device, inode, pid, number, since, leased

@@ -21,7 +21,8 @@ if __name__ == "__main__":
 import resource
 import signal
 
-from flockshim import standby
+from flockshim import closing, standby
+from flockshim.aliveness import keeper_of_path
 from flockshim.host import Key, key_of_path
 from flockshim.journal import Journal
 from flockshim.lockservice import LockService
@@ -43,7 +44,7 @@ class Keeper:
 
     def __init__(self, directory: str, key: str, journal: Journal, idle_seconds: float) -> None:
         """Take over what the journal names; it is empty in the beginning."""
-        held, proxies = _take_inventory(directory, journal)
+        held, proxies, predecessors = _take_inventory(directory, journal)
         # Above this, descriptors are for unlocking, and for looking who is alive.
         most = journal.capacity - min(RESERVE, journal.capacity // 4)
         self.idle_seconds = idle_seconds
@@ -61,13 +62,13 @@ class Keeper:
             most,
         )
         self.service.programs = self.programs
-        self.service.adopt(held, proxies)
+        self.service.adopt(held, proxies, predecessors)
         if self.rendezvous.inotify >= 0:
             self.loop.watch(self.rendezvous.inotify, self._restore_if_swept)
 
     def run(self, parent: int) -> None:
         """Serve until process `parent`, the standby, has died. Ends the process when idle for long enough."""
-        self.loop.run(parent, self._after, self._tick, self.service.patience.look)
+        self.loop.run(parent, self._after, self._tick, self.service.alarm)
 
     def _after(self) -> None:
         if self.service.processes.ended:
@@ -76,7 +77,8 @@ class Keeper:
     def _tick(self, now: float) -> None:
         self._restore_if_swept()
         self.service.tick(now)
-        if self.service.files or len(self.programs) or self.programs.active:
+        leases = self.service.files.leases
+        if self.service.files or (leases and not leases.is_idle()) or len(self.programs) or self.programs.active:
             self.idle_since = now
             self.programs.active = False
         elif now - self.idle_since >= self.idle_seconds:
@@ -97,9 +99,9 @@ class Keeper:
             print(f"the rendezvous directory cannot be restored: {error}", flush=True)
 
 
-def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[Key, int]]:
+def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[Key, int], dict[str, int]]:
     """Close every descriptor that is neither a held lock nor a proxy; waiting programs then ask again."""
-    held, proxies = [], {}
+    held, proxies, predecessors, others = [], {}, {}, []
     # As the kernel shows it in the links of /proc/self/fd.
     directory = os.path.realpath(directory)
     for descriptor in _open_descriptors(journal.capacity):
@@ -110,13 +112,20 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[K
         except FileNotFoundError:
             continue
         key = key_of_path(path, directory)
+        keeper = keeper_of_path(path, directory)
         if journal.read(descriptor):
             held.append(descriptor)
         elif key:
             proxies[key] = descriptor
+        elif keeper:
+            predecessors[keeper] = descriptor
         else:
-            os.close(descriptor)
-    return held, proxies
+            others.append(descriptor)
+    if others:
+        closing.in_background()
+    for descriptor in others:
+        closing.close(descriptor)
+    return held, proxies, predecessors
 
 
 def _open_descriptors(capacity: int) -> Iterable[int]:

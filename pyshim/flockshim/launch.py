@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 HOME = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "libflockshim.so"
 
-MODES = ("auto", "host", "success", "fail")
+MODES = ("auto", "host", "cluster", "success", "fail")
 
 # ENOSYS, EOPNOTSUPP, ENOLCK and the kernel's ENOTSUPP, as numbers because the launcher must not pay
 # for looking up names that nobody gave.
@@ -22,6 +22,9 @@ DEFAULT_ERRNOS = "38,95,37,524"
 # Some eleven days; who wants to wait longer waits for ever.
 MAX_TIMEOUT = 999999
 
+# The keeper looks at the clock once a second, and vouches six times in a lease time.
+MIN_LEASE = 3
+
 VARIABLES = (
     "LD_PRELOAD",
     "FLOCKSHIM_MODE",
@@ -29,6 +32,8 @@ VARIABLES = (
     "FLOCKSHIM_FORCE",
     "FLOCKSHIM_SIMULATE",
     "FLOCKSHIM_TIMEOUT",
+    "FLOCKSHIM_LEASE",
+    "FLOCKSHIM_ON_LOST",
     "FLOCKSHIM_QUIET",
     "FLOCKSHIM_VERBOSE",
     "FLOCKSHIM_DIR",
@@ -50,6 +55,7 @@ def environment(
     force: "bool | None" = None,
     simulate: "str | None" = None,
     timeout: "str | None" = None,
+    on_lost: "str | None" = None,
     quiet: "bool | None" = None,
     verbose: "bool | None" = None,
 ) -> "dict[str, str]":
@@ -70,6 +76,8 @@ def environment(
         "force": _source(base, "force", force),
         "simulate": _source(base, "simulate", simulate),
         "timeout": _source(base, "timeout", timeout),
+        "on_lost": _source(base, "on_lost", on_lost),
+        "lease": _source(base, "lease", None),
         "quiet": _source(base, "quiet", quiet),
         "verbose": _source(base, "verbose", verbose),
         "dir": _source(base, "dir", None),
@@ -103,7 +111,7 @@ def _source(base: "Mapping[str, str]", name: str, given: "str | bool | None") ->
     if given is None:
         # An empty variable is an unset one, as for most programs: job scripts cannot always unset.
         return _variable(name), base.get(_variable(name)) or None
-    return "--" + name, given
+    return "--" + name.replace("_", "-"), given
 
 
 def _flag(label: str, value: "str | bool | None") -> str:
@@ -115,11 +123,6 @@ def _flag(label: str, value: "str | bool | None") -> str:
 def _mode(label: str, text: "str | None") -> str:
     if text is None:
         return "auto"
-    if text == "cluster":
-        raise FlockshimError(
-            f"{label}: cluster is not available in this version, which locks between the programs "
-            "of one host only (--mode host)"
-        )
     if text not in MODES:
         raise FlockshimError(f"{label}: unknown mode {text!r}: choose {', '.join(MODES)}")
     return text
@@ -161,6 +164,24 @@ def _timeout(label: str, text: "str | None") -> str:
     return f"{abs(seconds):.3f}".rstrip("0").rstrip(".")
 
 
+def _on_lost(label: str, text: "str | None") -> str:
+    if text not in (None, "kill", "warn"):
+        raise FlockshimError(f"{label}: {text!r} is neither kill nor warn")
+    return text or ""
+
+
+def _lease(label: str, text: "str | None") -> str:
+    if text is None:
+        return ""
+    try:
+        good = MIN_LEASE <= float(text) <= MAX_TIMEOUT
+    except ValueError:
+        good = False
+    if not good:
+        raise FlockshimError(f"{label}: {text!r} is not a number of seconds from {MIN_LEASE} to {MAX_TIMEOUT}")
+    return text
+
+
 def _dir(label: str, text: "str | None") -> str:
     # The program may change its working directory before its first lock.
     if text and not os.path.isabs(text):
@@ -184,6 +205,8 @@ READERS: "dict[str, Callable[[str, Any], str]]" = {
     "force": _flag,
     "simulate": _simulate,
     "timeout": _timeout,
+    "on_lost": _on_lost,
+    "lease": _lease,
     "quiet": _flag,
     "verbose": _flag,
     "dir": _dir,

@@ -86,17 +86,19 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: 
         error = locker.by_kernel(descriptor, operation | fcntl.LOCK_NB)
         emulated = error != 0 and locker.is_refusal(error)
         try:
+            if error == errno.EWOULDBLOCK and not request.no_wait:
+                error = _wait_for_kernel(locker, descriptor, operation, deadline, teller)
+            if error == 0 and locker.reaches_one_host(descriptor):
+                emulated, error = True, errno.ENOLCK
             if emulated:
                 flags = fcntl.LOCK_NB if request.no_wait else 0
                 error = locker.by_mode(descriptor, operation | flags, error, deadline)
-            elif error == errno.EWOULDBLOCK and not request.no_wait:
-                error = _wait_for_kernel(locker, descriptor, operation, deadline, teller)
         except TimedOutError as timed_out:
             raise BusyError(f"timed out (--timeout), held by {timed_out}") from None
         except FlockshimError as refused:
             raise FlockshimError(f"cannot lock {request.path!r}: {refused}") from None
         if error == errno.EWOULDBLOCK:
-            holder = _emulated_holder(locker, descriptor) if emulated else _kernel_holder(descriptor)
+            holder = _emulated_holder(locker, descriptor, request.path) if emulated else _kernel_holder(descriptor)
             raise BusyError(f"held by {holder}")
         if error:
             raise FlockshimError(f"cannot lock {request.path!r}: {os.strerror(error)}; see flockshim --check")
@@ -157,10 +159,10 @@ def _kernel_holder(descriptor: int) -> str:
     return kernel_locks.describe(os.fstat(descriptor))
 
 
-def _emulated_holder(locker: Locker, descriptor: int) -> str:
+def _emulated_holder(locker: Locker, descriptor: int, path: str) -> str:
     from flockshim import lock_list
 
-    return lock_list.holder_of(locker, os.fstat(descriptor))
+    return lock_list.holder_of(locker, os.fstat(descriptor), path)
 
 
 class _Teller:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 ANSWER_MILLISECONDS = 5000
 MESSAGE_MILLISECONDS = 500
 
+
 REASONS = {
     errno.ETIME: "is it stopped?",
     errno.EPROTO: "it is of another version",
@@ -47,14 +48,27 @@ def gather(locker: Locker, milliseconds: int = ANSWER_MILLISECONDS) -> tuple[lis
     return sorted(files.values(), key=lambda file: str(file["path"])), silent
 
 
-def holder_of(locker: Locker, file: os.stat_result) -> str:
-    """Return who holds the emulated lock on a file, for people to read; as far as that is known."""
+def holder_of(locker: Locker, file: os.stat_result, path: str | None = None) -> str:
+    """Return who holds the emulated lock on a file, for people to read; as far as that is known.
+
+    :param path: its name, by which programs on other hosts are known.
+    """
     with contextlib.suppress(FlockshimError):
         for entry in gather(locker, MESSAGE_MILLISECONDS)[0]:
             if (entry["device"], entry["inode"]) == (file.st_dev, file.st_ino):
                 for holder in entry["holders"]:
                     return _describe(holder)
+    with contextlib.suppress(FlockshimError, OSError):
+        return (path and _holder_elsewhere(locker, path)) or holders.UNKNOWN
     return holders.UNKNOWN
+
+
+def _holder_elsewhere(locker: Locker, path: str) -> str | None:
+    from flockshim import cluster_list
+
+    with cluster_list.observer(locker, {}) as observer, cluster_list.Target(path, observer) as target:
+        held, _ = target.holdings()
+        return cluster_list.describe(held[0], target.name) if held else None
 
 
 def _describe(holder: dict[str, Any]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import stat
 import time
 from typing import TYPE_CHECKING
 
@@ -50,6 +52,8 @@ class Locker:
 
         :raises OSError: as ``flock(2)``.
         """
+        if self.reaches_one_host(descriptor):
+            self.by_mode(descriptor, fcntl.LOCK_UN, errno.ENOLCK)
         error = self.by_kernel(descriptor, fcntl.LOCK_UN)
         if error and self.is_refusal(error):
             error = self.by_mode(descriptor, fcntl.LOCK_UN, error)
@@ -59,6 +63,15 @@ class Locker:
     def is_refusal(self, error: int) -> bool:
         """Return whether *error* means that the kernel cannot lock, so that `by_mode` must."""
         return bool(lib.config_triggers(self._config, error))
+
+    def reaches_one_host(self, descriptor: int) -> bool:
+        """Return whether the kernel's lock is not enough: `by_mode` must add one between hosts.
+
+        Network and FUSE file systems have a lock operation for files only; flock(2) of a directory there is the
+        kernel's own, whatever the file system does about locks.
+        """
+        is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        return is_directory and bool(lib.is_for_all_hosts(self._config, descriptor))
 
     def by_mode(
         self, descriptor: int, operation: int, error: int, deadline: float | None = None, cancel: int = -1

@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import os
 import time
 
-from flockshim import holders, listing
+from flockshim import closing, holders, listing
 from flockshim._native import lib
 from flockshim.descriptions import Description, Processes, closed
 from flockshim.files import File, Files
 from flockshim.host import Host, Key
+from flockshim.leasing import Leasing
 from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
 from flockshim.patience import Patience
 from flockshim.programs import Connection
+from flockshim.undecided import GRANT_SECONDS, UNDECIDED_SECONDS, Undecided
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,8 +29,6 @@ if TYPE_CHECKING:
     from flockshim.programs import Programs
     from flockshim.rendezvous import Rendezvous
 
-GRANT_SECONDS = 2.0
-UNDECIDED_SECONDS = GRANT_SECONDS + 2 * TICK_SECONDS
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
 
 
@@ -43,27 +44,42 @@ class LockService:
         self._host = Host(rendezvous.directory)
         self.files = Files(self._host, journal)
         self._journal = journal
+        self.undecided = Undecided(self)
+        self.leasing = Leasing(self, loop, rendezvous.directory)
         self._grants: dict[Connection, float] = {}
         self.patience = Patience(loop, self._tell_waiting, self._time_out)
         if self._host.fileno() >= 0:
             # Before programs: what a neighbour did before a program asked must be known by then.
             loop.watch(self._host.fileno(), self._heed_neighbours, first=True)
 
-    def adopt(self, held: list[int], proxies: dict[Key, int]) -> None:
-        """Take over from a keeper that has died: descriptors of held locks, and of proxies."""
+    def adopt(self, held: list[int], proxies: dict[Key, int], predecessors: dict[str, int]) -> None:
+        """Take over from a keeper that has died: descriptors of held locks, of proxies, and of its being alive."""
+        recorded = set()
         for descriptor in held:
             entry = self._journal.read(descriptor)
             assert entry
-            exclusive, device, inode, pid, number, since = entry
+            exclusive, device, inode, pid, number, since, leased = entry
             description = Description(descriptor, (device, inode), pid, number)
             description.taker, description.since = pid, since
             file = self.files.of(description.key)
             file.descriptions.add(description)
             file.lock.adopt(description, exclusive)
             self.processes.add(pid, description)
+            if leased:
+                recorded.add(file.key)
+        # All of a file's holders together are what its lease is in doubt for.
+        for key in recorded:
+            try:
+                self.leasing.adopt(self.files[key], predecessors)
+            except OSError as error:
+                print(f"a lock cannot be kept: {error.strerror}: {error.filename}", flush=True)
+                self.leasing.lost(key)
         needed = self.files.needed()
         for key, descriptor in proxies.items():
             self._host.adopt(key, descriptor, needed.get(key))
+        if not self.files.leases:
+            for descriptor in predecessors.values():
+                os.close(descriptor)
         # What is held must be locked, whatever has become of its proxy.
         self._host.restore(needed)
 
@@ -84,7 +100,7 @@ class LockService:
             description = Description(descriptor, file.key, connection.pid, number)
             file.descriptions.add(description)
         else:
-            lib.native_close(descriptor)
+            closing.close(descriptor)
             if description.pid != connection.pid:
                 self.processes.discard(description.pid, description)
             description.pid, description.number = connection.pid, number
@@ -93,15 +109,25 @@ class LockService:
                 return
             if operation & LOCK_UN:
                 file.lock.release(description)
-                self._forget_if_unused(file, description)
-                self._settle(file)
-                connection.answer(0)
+                self.forget_if_unused(file, description)
+                file.unlocking.append(connection)
+                self.settle(file)
+                self.answer_unlocked(file)
             else:
                 exclusive = bool(operation & LOCK_EX)
+                if connection.flags & lib.FLAG_CLUSTER and not self.leasing.need(connection, file, description):
+                    return
                 self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
-            self._forget_if_unused(file, description)
+            self.forget_if_unused(file, description)
             connection.refuse(_cannot_lock(error))
+
+    def answer_unlocked(self, file: File) -> None:
+        """Answer those who have unlocked, unless the lease is still to be given back."""
+        if file.unlocking and not (self.files.leases and self.files.leases.is_giving_back(file.key)):
+            unlocking, file.unlocking = file.unlocking, []
+            for connection in unlocking:
+                connection.answer(0)
 
     def _redirected(self, connection: Connection, file: File, description: Description) -> bool:
         if not self._host.may_be_shared(file.key):
@@ -109,8 +135,8 @@ class LockService:
         key = self._rendezvous.keeper_of(description.descriptor)
         if key is None:
             return False
-        self._forget_if_unused(file, description)
-        self._settle(file)
+        self.forget_if_unused(file, description)
+        self.settle(file)
         connection.redirect(key)
         return True
 
@@ -124,27 +150,26 @@ class LockService:
             self.processes.add(connection.pid, description)
             self._confirm(description)
             if file.lock.queue:
-                self._settle(file)
+                self.settle(file)
             connection.answer(0)
         elif outcome == REFUSED:
-            if self._is_refused(file, description, exclusive):
-                self._forget_if_unused(file, description)
+            elsewhere = self.files.leases is not None and self.files.leases.is_refused(file.key)
+            if elsewhere or self.is_refused(file, description, exclusive):
+                self.forget_if_unused(file, description)
                 connection.answer(errno.EWOULDBLOCK)
             else:
-                description.waits += 1
-                limit = time.monotonic() + UNDECIDED_SECONDS
-                file.undecided.append((connection, description, exclusive, limit))
-            self._settle(file)
+                self.undecided.add(file, connection, description, exclusive)
+            self.settle(file)
         else:
             description.waits += 1
             connection.waiter = file.lock.queue[-1]
             self.programs.hold(connection)
             self.processes.add(connection.pid, connection)
-            self._settle(file)
+            self.settle(file)
             if connection.waiter:
                 self.patience.begin(connection)
 
-    def _is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
+    def is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
         """Return whether a holder of ours is in the way, and surely holds."""
         unsure = {connection.granted for connection in self._grants}
         return file.lock.conflicts(description, exclusive) and unsure.isdisjoint(file.lock.holders)
@@ -158,8 +183,8 @@ class LockService:
         file = self.files[waiter.owner.key]
         file.lock.withdraw(waiter)
         self._stop_waiting(connection)
-        self._forget_if_unused(file, waiter.owner)
-        self._settle(file)
+        self.forget_if_unused(file, waiter.owner)
+        self.settle(file)
 
     def taken(self, connection: Connection) -> None:
         """A grant has reached its program."""
@@ -168,7 +193,7 @@ class LockService:
         del self._grants[connection]
         file = self.files.get(description.key) if description else None
         if file and file.undecided:
-            self._retry_undecided(file)
+            self.undecided.retry(file)
 
     def _confirm(self, description: Description) -> None:
         """Who asks again for what it was granted has lost its connection, not its interest."""
@@ -180,10 +205,10 @@ class LockService:
         description = connection.granted
         file = self.files.get(description.key) if description else None
         if file and description and file.lock.release(description):
-            self._forget_if_unused(file, description)
+            self.forget_if_unused(file, description)
         self.taken(connection)
         if file:
-            self._settle(file)
+            self.settle(file)
 
     def _stop_waiting(self, connection: Connection) -> None:
         assert connection.waiter
@@ -194,11 +219,22 @@ class LockService:
 
     def _tell_waiting(self, connection: Connection) -> None:
         assert connection.waiter
-        connection.tell_waiting(self._describe(self.files[connection.waiter.owner.key]))
+        file = self.files[connection.waiter.owner.key]
+        if self.files.leases and self.files.leases.may_learn(file.key):
+            self.patience.tell_later(connection)
+        else:
+            connection.tell_waiting(self._describe(file))
 
     def _time_out(self, connection: Connection) -> None:
         assert connection.waiter
-        who = self._describe(self.files[connection.waiter.owner.key])
+        file = self.files[connection.waiter.owner.key]
+        leases = self.files.leases
+        unknown = leases and leases.is_pending(file.key) and not leases.is_refused(file.key)
+        late = time.monotonic() - connection.waiter.since - connection.timeout / 1000
+        if unknown and late < UNDECIDED_SECONDS:
+            self.patience.end_later(connection)
+            return
+        who = self._describe(file)
         self.programs.forget(connection)
         self.withdraw(connection)
         connection.time_out(who)
@@ -208,12 +244,13 @@ class LockService:
         with contextlib.suppress(OSError, ValueError):
             for description in file.lock.holders:
                 return holders.describe(description.pid, description.since)
-            return self._host.other_holder(file.key) or holders.UNKNOWN
+            elsewhere = self.files.leases.holder(file.key) if self.files.leases else None
+            return elsewhere or self._host.other_holder(file.key) or holders.UNKNOWN
         return holders.UNKNOWN
 
     # What holds, and what follows
 
-    def _forget_if_unused(self, file: File, description: Description) -> None:
+    def forget_if_unused(self, file: File, description: Description) -> None:
         """Close the duplicate of a description that neither holds nor waits."""
         if description not in file.lock.holders and not description.waits:
             self.processes.discard(description.pid, description)
@@ -226,7 +263,7 @@ class LockService:
         for description in closed(holders):
             file = self.files[description.key]
             file.lock.release(description)
-            self._forget_if_unused(file, description)
+            self.forget_if_unused(file, description)
             released.append(file)
         for description, pid in zip(holders, places):
             if description.pid != pid:
@@ -234,14 +271,21 @@ class LockService:
                 self.processes.add(description.pid, description)
         return released
 
-    def _settle(self, file: File, insist: bool = False) -> None:
+    def settle(self, file: File, insist: bool = False) -> None:
         """Serve those who wait, and hold the host's lock for this file exactly as long as it is needed."""
         while True:
             try:
                 self._serve(file, insist)
                 if file.lock.holders:
                     return
+                leases = self.files.leases
+                if leases and leases.is_pending(file.key):
+                    if not file.lock.queue and not file.undecided:
+                        leases.abandon(file.key)
+                    return
                 if not file.lock.queue:
+                    if leases and not file.undecided and not leases.give_back(file.key):
+                        return
                     self._host.release(file.key)
                     if not len(file.descriptions):
                         self.files.pop(file.key, None)
@@ -265,13 +309,17 @@ class LockService:
 
     def _fail_first(self, file: File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""
+        self.refuse_first(file, _cannot_lock(error))
+
+    def refuse_first(self, file: File, text: str) -> None:
+        """Refuse whoever is first in line."""
         waiter = file.lock.queue[0]
         connection = waiter.context
         file.lock.withdraw(waiter)
         self.programs.forget(connection)
         self._stop_waiting(connection)
-        self._forget_if_unused(file, waiter.owner)
-        connection.refuse(_cannot_lock(error))
+        self.forget_if_unused(file, waiter.owner)
+        connection.refuse(text)
 
     # What happens without being asked for
 
@@ -286,7 +334,7 @@ class LockService:
                 lib.native_close(interest.descriptor)
         orphans = [i for i in ended if isinstance(i, Description) and self.files.holds(i)]
         for file in self._check_holders(orphans):
-            self._settle(file)
+            self.settle(file)
 
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptions closed without unlocking."""
@@ -295,12 +343,20 @@ class LockService:
             if now - since >= GRANT_SECONDS:
                 self._look_after_grant(connection)
         for file in list(self.files.values()):
-            self._settle(file, insist=True)
-            self._decide(file, now)
+            self.settle(file, insist=True)
+            self.undecided.decide(file, now)
         if self._host.fileno() < 0:
             self._host.recheck()
             self._heed_neighbours()
         self._host.clean()
+        if self.files.leases:
+            self.files.leases.tick()
+
+    def alarm(self, now: float) -> None:
+        """Do what is due."""
+        self.patience.look(now)
+        if self.files.leases:
+            self.files.leases.runner.look(now)
 
     def _look_after_grant(self, connection: Connection) -> None:
         """The program may be stopped: others go on, and it asks again when it is continued."""
@@ -314,7 +370,7 @@ class LockService:
     def write_list(self, descriptor: int) -> None:
         """Write who holds and who waits into a file; see `listing`."""
         for file in self._check_holders(self.files.holders()):
-            self._settle(file)
+            self.settle(file)
         listing.write(list(self.files.values()), descriptor)
 
     def close(self) -> None:
@@ -331,13 +387,13 @@ class LockService:
             file = self.files.get(key)
             if file:
                 self._check_holders(list(file.lock.holders))
-                self._settle(file)
+                self.settle(file)
             host.acknowledge(key, self._describe(file) if file and file.lock.holders else "")
         while host.freed:
             file = self.files.get(host.freed.pop())
             if file:
-                self._retry_undecided(file)
-                self._settle(file)
+                self.undecided.retry(file)
+                self.settle(file)
         while host.opened:
             key = host.opened.pop()
             if key not in self.files:
@@ -345,38 +401,7 @@ class LockService:
         while host.answered:
             file = self.files.get(host.answered.pop())
             if file:
-                self._decide(file, float("inf"))
-
-    def _retry_undecided(self, file: File) -> None:
-        undecided, file.undecided = file.undecided, []
-        for item in undecided:
-            connection, description, exclusive, _ = item
-            if file.lock.request(description, exclusive, False) == GRANTED:
-                self._conclude(file, connection, description, 0)
-            elif self._is_refused(file, description, exclusive):
-                self._conclude(file, connection, description, errno.EWOULDBLOCK)
-            else:
-                file.undecided.append(item)
-
-    def _decide(self, file: File, now: float) -> None:
-        """Refuse the requests whose time is up: the other keeper's holder is alive, or that keeper is stopped."""
-        undecided, file.undecided = file.undecided, []
-        for item in undecided:
-            connection, description, _, limit = item
-            if limit <= now:
-                self._conclude(file, connection, description, errno.EWOULDBLOCK)
-            else:
-                file.undecided.append(item)
-        if undecided:
-            self._settle(file)
-
-    def _conclude(self, file: File, connection: Connection, description: Description, error: int) -> None:
-        description.waits -= 1
-        if error:
-            self._forget_if_unused(file, description)
-        else:
-            self.processes.add(connection.pid, description)
-        connection.answer(error)
+                self.undecided.decide(file, float("inf"))
 
 
 def _cannot_lock(error: OSError) -> str:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # A wait that is over sooner is not worth a line.
 TELL_SECONDS = 0.1
+SOON_SECONDS = 0.02
+LATER_SECONDS = 0.5
 
 
 class Patience:
@@ -37,6 +39,18 @@ class Patience:
         if min(tell, end) < NEVER:
             self._waiting[connection] = tell, end
             self._loop.wake_by(min(tell, end))
+
+    def tell_later(self, connection: Connection) -> None:
+        """Ask again in a while: for whom it waits is not known yet."""
+        tell = time.monotonic() + LATER_SECONDS
+        self._waiting[connection] = tell, self._waiting[connection][1]
+        self._loop.wake_by(tell)
+
+    def end_later(self, connection: Connection) -> None:
+        """Ask again soon: it is not known yet whether anybody holds what it waits for."""
+        end = time.monotonic() + SOON_SECONDS
+        self._waiting[connection] = self._waiting[connection][0], end
+        self._loop.wake_by(end)
 
     def forget(self, connection: Connection) -> None:
         """It waits no longer."""

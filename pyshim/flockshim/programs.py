@@ -7,6 +7,7 @@ import fcntl
 import os
 import time
 
+from flockshim import closing
 from flockshim._native import ffi, lib
 
 TYPE_CHECKING = False
@@ -192,7 +193,7 @@ class Programs:
         except OSError as error:
             connection.answer(error.errno or errno.EIO)
         finally:
-            os.close(self._packet.descriptor)
+            closing.close(self._packet.descriptor)
 
     def _turn_away(self, connection: Connection, status: int) -> None:
         packet = self._packet
@@ -206,4 +207,4 @@ class Programs:
         else:
             os.close(connection.descriptor)
         if packet.descriptor >= 0:
-            os.close(packet.descriptor)
+            closing.close(packet.descriptor)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 
-from flockshim._native import lib
+from flockshim._native import ffi, lib
 
 # None of those that batch systems send.
 ORPHANED = signal.SIGRTMAX - 1
@@ -33,7 +34,7 @@ def split(first: bool) -> int:
     while failures < MAX_FAILURES:
         parent = lib.native_self()
         started = time.monotonic()
-        child = lib.native_clone_sharing_descriptors()
+        child = _clone()
         if child == 0:
             lib.native_die_with_parent(ORPHANED)
             return int(parent)
@@ -49,3 +50,21 @@ def split(first: bool) -> int:
         # There may be no process left for us just now.
         time.sleep(PAUSE_SECONDS)
     os._exit(1)
+
+
+def _clone() -> int:
+    """Make the second process. It has none of this one's threads, so that none may be in the middle of something."""
+    if threading.active_count() == 1:
+        return int(lib.native_clone_sharing_descriptors())
+    # As os.fork() does, and with the interpreter's lock held, which calls by cffi give up.
+    import ctypes
+
+    python, address = ctypes.pythonapi, ffi.addressof(lib, "native_clone_sharing_descriptors")
+    clone = ctypes.PYFUNCTYPE(ctypes.c_int)(int(ffi.cast("uintptr_t", address)))
+    python.PyOS_BeforeFork()
+    child = clone()
+    if child:
+        python.PyOS_AfterFork_Parent()
+    else:
+        python.PyOS_AfterFork_Child()
+    return int(child)

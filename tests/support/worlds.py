@@ -83,6 +83,10 @@ class World:
         self.round_trip()
         return [thread_state(*thread) for thread in threads] == before
 
+    def waits(self, call: Call) -> bool:
+        """Whether a call waits for its lock; it may have returned as well."""
+        return self._all_wait([(call.driver.pid, call.tid)])
+
     def round_trip(self) -> None:
         """A lock call of nobody else's concern, answered by the keeper when there is one."""
         driver = self._prober_process()

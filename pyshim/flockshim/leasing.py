@@ -1,0 +1,172 @@
+"""What a lock service does about leases: asks for them, and does what follows from what becomes of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import time
+
+from flockshim import closing, holders, holding_programs
+from flockshim._native import lib
+from flockshim.aliveness import Aliveness
+from flockshim.cluster_notes import Program
+from flockshim.cluster_vouch import DEFAULT_LEASE
+from flockshim.lease_files import Told
+from flockshim.leases import Leases
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from flockshim.descriptions import Description
+    from flockshim.files import File
+    from flockshim.host import Key
+    from flockshim.lockservice import LockService
+    from flockshim.loop import Loop
+    from flockshim.programs import Connection
+
+LEASE_SECONDS = float(os.environ.get("FLOCKSHIM_LEASE") or DEFAULT_LEASE)
+
+
+def _path(description: Description) -> str:
+    return os.readlink(f"/proc/self/fd/{description.descriptor}")
+
+
+def cannot_lease(error: OSError) -> str:
+    """Return the line that says why there can be no lease, and what to do."""
+    return f"no lease can be recorded beside the file: {error.strerror}: {error.filename}; use --mode host"
+
+
+class Leasing(Told):
+    """What a lock service does about leases."""
+
+    def __init__(self, service: LockService, loop: Loop, directory: str) -> None:
+        """Serve its files; `directory` is the rendezvous directory. Nothing is made before a lease is needed."""
+        self._service = service
+        self._loop = loop
+        self._directory = directory
+        # Who was stopped, by file.
+        self._stopped: dict[Key, set[int]] = {}
+
+    def need(self, connection: Connection, file: File, description: Description) -> bool:
+        """Have the file's lock recorded for other hosts. Where that cannot be, refuse the program and return False."""
+        description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
+        try:
+            self._leases({}).need(file.key, _path(description))
+            file.leased = True
+            return True
+        except OSError as error:
+            self._service.forget_if_unused(file, description)
+            self._service.settle(file)
+            connection.refuse(cannot_lease(error))
+            return False
+
+    def adopt(self, file: File, predecessors: dict[str, int]) -> None:
+        """Take over the lease of a file that is locked; `predecessors` as of `Leases`."""
+        description, exclusive = next(iter(file.lock.holders.items()))
+        file.leased = True
+        self._leases(predecessors).adopt(file.key, _path(description), exclusive)
+
+    def _leases(self, predecessors: dict[str, int]) -> Leases:
+        if self._service.files.leases is None:
+            closing.in_background()
+            aliveness = Aliveness(self._directory)
+            self._service.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, self, predecessors)
+        return self._service.files.leases
+
+    def programs(self, key: Key) -> list[Program]:
+        """Return the programs that hold the lock or wait for it."""
+        file = self._service.files.get(key)
+        if file is None:
+            return []
+        began = time.time() - time.monotonic()
+        held = [(one.pid, exclusive, False, one.since) for one, exclusive in file.lock.holders.items()]
+        waiting = [(one.context.pid, one.exclusive, True, began + one.since) for one in file.lock.queue]
+        return [Program(pid, holders.command_of(pid), *more) for pid, *more in held + waiting]
+
+    def place(self, key: Key) -> tuple[int, str]:
+        """Return a descriptor of the file, and its path. Raises OSError where nobody needs it any more."""
+        file = self._service.files.get(key)
+        description = file.descriptions.any() if file else None
+        if description is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"device {key[0]} inode {key[1]}")
+        return description.descriptor, _path(description)
+
+    def is_held(self, key: Key) -> bool:
+        """Return whether any program holds the lock."""
+        file = self._service.files.get(key)
+        return file is not None and bool(file.lock.holders)
+
+    def changed(self, key: Key) -> None:
+        """Serve those who could not be served without the lease."""
+        service = self._service
+        file = service.files.get(key)
+        leases = service.files.leases
+        assert leases
+        if file is None:
+            leases.give_back(key)
+            return
+        if leases.is_refused(key):
+            service.undecided.decide(file, float("inf"))
+        else:
+            service.undecided.retry(file)
+        service.settle(file)
+        service.answer_unlocked(file)
+
+    def failed(self, key: Key, error: OSError) -> None:
+        """Refuse all who want it."""
+        service = self._service
+        file = service.files.get(key)
+        if file is None:
+            assert service.files.leases
+            service.files.leases.give_back(key)
+            return
+        text = cannot_lease(error)
+        service.undecided.refuse(file, text)
+        while file.lock.queue:
+            service.refuse_first(file, text)
+        service.settle(file)
+        service.answer_unlocked(file)
+
+    def doubted(self, key: Key) -> None:
+        """Stop those who hold; again as long as the doubt lasts, since they may have been continued, or have forked."""
+        file = self._service.files.get(key)
+        if file:
+            stopped = self._stopped.setdefault(key, set())
+
+            def begin(found: set[int]) -> None:
+                stopped.update(found)
+                self._entrust()
+
+            holding_programs.stop(file.lock.holders, begin)
+
+    def trusted(self, key: Key) -> None:
+        """Let them go on."""
+        holding_programs.send(self._stopped.pop(key, ()), signal.SIGCONT)
+        self._entrust()
+
+    def lost(self, key: Key) -> None:
+        """End those who hold, or warn them, as they have asked for."""
+        file = self._service.files.get(key)
+        stopped = self._stopped.pop(key, set())
+        if file:
+            for description in list(file.lock.holders):
+                pids = holding_programs.stop([description])
+                line = f"the lock on {_path(description)} was lost: another host has it now, or its record was removed"
+                if description.only_warn:
+                    holding_programs.warn(pids, f"{line} (--on-lost warn)")
+                    stopped |= pids
+                else:
+                    holding_programs.kill(pids, f"{line}: killed (--on-lost)")
+                    stopped -= pids
+                self._drop(file, description)
+        holding_programs.send(stopped, signal.SIGCONT)
+        self._entrust()
+
+    def _entrust(self) -> None:
+        leases = self._service.files.leases
+        if leases:
+            leases.runner.entrust(sorted(set().union(*self._stopped.values())))
+
+    def _drop(self, file: File, description: Description) -> None:
+        file.lock.release(description)
+        self._service.forget_if_unused(file, description)
