@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 from pathlib import Path
@@ -25,8 +26,8 @@ from support.uvpackages import SlowPackage, write_wheel
 
 from flockshim.pytest_plugin import require
 
-# All that lock in ways of their own; those between say the same.
-RELEASES = ["0.4.30", *(["0.7.21", "0.8.22"] if os.environ.get("FLOCKSHIM_SOAK") else []), "newest"]
+# What 0.7.21 locks, those around it lock too.
+RELEASES = ["0.4.30", *(["0.7.21"] if os.environ.get("FLOCKSHIM_SOAK") else []), "0.8.22", "newest"]
 PYTHON = ("--python", sys.executable)
 PARALLEL = 8
 
