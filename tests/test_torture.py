@@ -75,7 +75,7 @@ def _torment(torture: Torture, rendezvous: Path, load: Load, keepers_there: int)
     torture.check()
 
 
-@pytest.mark.parametrize("load", [Load(16, 80, 60, 20), Load(100, 12, 60, 12)], ids=["16", "100"])
+@pytest.mark.parametrize("load", [Load(16, 80, 60, 20), Load(100, 20, 120, 20)], ids=["16", "100"])
 @pytest.mark.parametrize("reads", [0, 2], ids=["writers", "readers and writers"])
 def test_no_update_is_lost_and_nobody_hangs(torture: Torture, rendezvous: Path, load: Load, reads: int) -> None:
     for seat in range(load.processes):
