@@ -2,44 +2,91 @@
 
 close(2) may take as long as the server likes: FUSE sends it FLUSH, NFS writes back. A keeper that has leases must vouch
 meanwhile, or stop its holders.
+
+A keeper that divides (`standby`) leaves its threads behind, in a process with which the new one shares all descriptors.
+So that none is closed by both, which would close another's: what waits here is left to the new one, which closes all
+that it does not know, but not what a thread is about to close.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import threading
 
-_queue: queue.SimpleQueue[int] | None = None
+
+class _Closer:
+    def __init__(self, left: int = -1) -> None:
+        self.changed = threading.Condition()
+        self.waiting: list[int] = []
+        self.begun = False
+        self.closing = -1
+        # What a thread of the process from which this one was made may be closing.
+        self.left = left
+        # How many threads have descriptors of their own.
+        self.busy = 0
+
+    def run(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting)
+                self.closing = self.waiting.pop(0)
+            with contextlib.suppress(OSError):
+                os.close(self.closing)
+
+
+_closer = _Closer()
 
 
 def in_background() -> None:
     """From now on have all closed by a thread."""
-    global _queue
-    if _queue is None:
-        _queue = queue.SimpleQueue()
-        threading.Thread(target=_close_all, args=(_queue,), daemon=True).start()
+    if not _closer.begun:
+        _closer.begun = True
+        threading.Thread(target=_closer.run, daemon=True).start()
 
 
 def close(descriptor: int) -> None:
     """Close a descriptor, now or soon; until then its number is not used again."""
-    if _queue is None:
+    if not _closer.begun:
         os.close(descriptor)
-    else:
-        _queue.put(descriptor)
+        return
+    with _closer.changed:
+        _closer.waiting.append(descriptor)
+        _closer.changed.notify_all()
 
 
-def _close_all(waiting: queue.SimpleQueue[int]) -> None:
-    while True:
-        with contextlib.suppress(OSError):
-            os.close(waiting.get())
+def is_left_to_another(descriptor: int) -> bool:
+    """Return whether the process from which this one was made may be closing it."""
+    return descriptor == _closer.left
 
 
-def _forget_thread() -> None:
-    """A process made by fork(2) has no thread but one."""
-    global _queue
-    _queue = None
+def begin() -> None:
+    """A thread is about to begin that opens and closes descriptors of its own."""
+    with _closer.changed:
+        _closer.busy += 1
 
 
-os.register_at_fork(after_in_child=_forget_thread)
+def end() -> None:
+    """It has closed them."""
+    with _closer.changed:
+        _closer.busy -= 1
+        _closer.changed.notify_all()
+
+
+def await_others(seconds: float) -> None:
+    """Wait until no thread has descriptors of its own, but not for ever: a file server may not answer."""
+    with _closer.changed:
+        _closer.changed.wait_for(lambda: not _closer.busy, seconds)
+
+
+def _leave_to_child() -> None:
+    with _closer.changed:
+        _closer.waiting.clear()
+
+
+def _be_child() -> None:
+    global _closer
+    _closer = _Closer(_closer.closing)
+
+
+os.register_at_fork(before=_leave_to_child, after_in_child=_be_child)

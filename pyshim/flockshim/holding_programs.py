@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 
+from flockshim import closing
 from flockshim._native import lib
 
 TYPE_CHECKING = False
@@ -47,7 +48,7 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
 
 def warn(pids: Iterable[int], line: str) -> None:
     """Write a line to the standard error of each. Not waited for: it may be a file whose server does not answer."""
-    threading.Thread(target=_tell, args=(pids, line), daemon=True).start()
+    _in_background(lambda: _tell(pids, line))
 
 
 def kill(pids: Iterable[int], line: str) -> None:
@@ -57,7 +58,18 @@ def kill(pids: Iterable[int], line: str) -> None:
         _tell(pids, line)
         send(pids, signal.SIGKILL)
 
-    threading.Thread(target=tell_and_end, daemon=True).start()
+    _in_background(tell_and_end)
+
+
+def _in_background(work: Callable[[], None]) -> None:
+    def run() -> None:
+        try:
+            work()
+        finally:
+            closing.end()
+
+    closing.begin()
+    threading.Thread(target=run, daemon=True).start()
 
 
 def _tell(pids: Iterable[int], line: str) -> None:

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 MAX_DESCRIPTORS = 65536
 RESERVE = 32
 DEFAULT_IDLE_SECONDS = 10.0
+OTHERS_SECONDS = 5.0
 
 
 class Keeper:
@@ -69,6 +70,10 @@ class Keeper:
     def run(self, parent: int) -> None:
         """Serve until process `parent`, the standby, has died. Ends the process when idle for long enough."""
         self.loop.run(parent, self._after, self._tick, self.service.alarm)
+        # Before the process is copied: a copy that is collected as garbage would close what has the number by then.
+        if self.service.files.leases:
+            self.service.files.leases.runner.end()
+        closing.await_others(OTHERS_SECONDS)
 
     def _after(self) -> None:
         if self.service.processes.ended:
@@ -105,7 +110,7 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[K
     # As the kernel shows it in the links of /proc/self/fd.
     directory = os.path.realpath(directory)
     for descriptor in _open_descriptors(journal.capacity):
-        if descriptor <= LISTENER:
+        if descriptor <= LISTENER or closing.is_left_to_another(descriptor):
             continue
         try:
             path = os.readlink(f"/proc/self/fd/{descriptor}")

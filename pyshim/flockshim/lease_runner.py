@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 
+from flockshim import closing
 from flockshim._native import lib
 from flockshim.cluster_ops import Pause, Wait
 from flockshim.lease_worker import STOPPED, Enter
@@ -171,6 +172,12 @@ class Runner:
             with contextlib.suppress(OSError):
                 self._worker.send(json.dumps([STOPPED, stopped]).encode())
 
+    def end(self) -> None:
+        """Let the worker end; nothing is called any more."""
+        if self._worker:
+            self._worker.close()
+            self._worker = None
+
     def at(self, when: float, call: Callable[[], None]) -> None:
         """Have something called once, at monotonic time `when` or soon after."""
         self._number += 1
@@ -212,6 +219,7 @@ class Runner:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             for end in ours, theirs:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+            closing.begin()
             threading.Thread(target=self._start, args=(theirs,), daemon=True).start()
             ours.setblocking(False)
             self._worker = ours
@@ -222,7 +230,8 @@ class Runner:
     def _start(self, peer: socket.socket) -> None:
         """Start a worker, in a thread: the new process closes copies of programs' descriptors, which may take long."""
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lease_worker.py")
-        with peer:
+        with contextlib.ExitStack() as last, peer:
+            last.callback(closing.end)
             try:
                 # Both must mean the same bytes by a name.
                 locale = {name: os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if name in os.environ}
