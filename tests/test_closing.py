@@ -1,0 +1,78 @@
+"""Descriptors that a thread closes, in a process that divides."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+
+import pytest
+from support.proc import await_true
+
+from flockshim import closing
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closing, "_closer", closing._Closer())
+
+
+@pytest.fixture
+def two() -> Iterator[tuple[int, int]]:
+    both = os.pipe()
+    yield both
+    for descriptor in both:
+        if is_open(descriptor):
+            os.close(descriptor)
+
+
+def is_open(descriptor: int) -> bool:
+    try:
+        os.fstat(descriptor)
+    except OSError:
+        return False
+    return True
+
+
+def test_at_once_and_by_a_thread(two: tuple[int, int]) -> None:
+    closing.close(two[0])
+    assert not is_open(two[0])
+    closing.in_background()
+    closing.close(two[1])
+    await_true(lambda: not is_open(two[1]), "it to be closed")
+
+
+def test_none_is_closed_by_both(two: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first is being closed when the process divides; the second is left to the new one."""
+    close, began, go_on = os.close, threading.Event(), threading.Event()
+
+    def hangs(descriptor: int) -> None:
+        began.set()
+        go_on.wait()
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", hangs)
+    closing.in_background()
+    for descriptor in two:
+        closing.close(descriptor)
+    assert began.wait(30)
+    child = os.fork()
+    if child == 0:
+        right = closing.is_left_to_another(two[0]) and not closing.is_left_to_another(two[1])
+        monkeypatch.undo()
+        closing.close(two[1])
+        os._exit(0 if right and not is_open(two[1]) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    go_on.set()
+    await_true(lambda: not is_open(two[0]), "the first to be closed")
+    assert is_open(two[1])
+
+
+def test_others_are_awaited_but_not_for_ever() -> None:
+    closing.begin()
+    closing.await_others(0.01)
+    thread = threading.Thread(target=closing.await_others, args=(30,))
+    thread.start()
+    closing.end()
+    thread.join(30)
+    assert not thread.is_alive()
