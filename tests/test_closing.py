@@ -69,10 +69,15 @@ def test_none_is_closed_by_both(two: tuple[int, int], monkeypatch: pytest.Monkey
 
 
 def test_others_are_awaited_but_not_for_ever() -> None:
-    closing.begin()
+    go_on = threading.Event()
+
+    def hangs() -> None:
+        go_on.wait()
+
+    closing.aside(hangs)
     closing.await_others(0.01)
     thread = threading.Thread(target=closing.await_others, args=(30,))
     thread.start()
-    closing.end()
+    go_on.set()
     thread.join(30)
     assert not thread.is_alive()

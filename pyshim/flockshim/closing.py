@@ -14,6 +14,10 @@ import contextlib
 import os
 import threading
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 
 class _Closer:
     def __init__(self, left: int = -1) -> None:
@@ -60,17 +64,21 @@ def is_left_to_another(descriptor: int) -> bool:
     return descriptor == _closer.left
 
 
-def begin() -> None:
-    """A thread is about to begin that opens and closes descriptors of its own."""
-    with _closer.changed:
-        _closer.busy += 1
+def aside(work: Callable[[], None]) -> None:
+    """Have something done by a thread that opens and closes descriptors of its own, and is not waited for."""
+    closer = _closer
 
+    def run() -> None:
+        try:
+            work()
+        finally:
+            with closer.changed:
+                closer.busy -= 1
+                closer.changed.notify_all()
 
-def end() -> None:
-    """It has closed them."""
-    with _closer.changed:
-        _closer.busy -= 1
-        _closer.changed.notify_all()
+    with closer.changed:
+        closer.busy += 1
+    threading.Thread(target=run, daemon=True).start()
 
 
 def await_others(seconds: float) -> None:

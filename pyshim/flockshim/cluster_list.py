@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
 from flockshim import cluster_files, cluster_notes
 from flockshim.aliveness import Aliveness
 from flockshim.cluster import Lease
-from flockshim.cluster_names import LINEAGE_DIGITS, MAX_KEEPER, Names, keeper_of
+from flockshim.cluster_names import MAX_KEEPER, Names, keeper_of, new_lineage
 from flockshim.cluster_ops import Operation, Pause, Protocol, Read
 from flockshim.cluster_vouch import DEFAULT_LEASE, Judge, Voucher
+from flockshim.lease_files import clock
 
 if TYPE_CHECKING:
     from flockshim.cluster_notes import Note
@@ -47,7 +48,7 @@ class Observer:
 
     def judge(self) -> Judge:
         """Return a judge of the keepers in one directory."""
-        return Judge(self.seconds, _clock, self.is_dead)
+        return Judge(self.seconds, clock, self.is_dead)
 
 
 @contextlib.contextmanager
@@ -92,8 +93,8 @@ class Target:
         self.judge = judge or observer.judge()
         self._observer = observer
         self._claim = Names(self.name).claim
-        voucher = Voucher(observer.keeper, observer.seconds, _clock, str)
-        self.lease = Lease(self.name, observer.new_ticket, _new_lineage, self.judge, voucher)
+        voucher = Voucher(observer.keeper, observer.seconds, clock, str)
+        self.lease = Lease(self.name, observer.new_ticket, new_lineage, self.judge, voucher)
         self._directory = os.open(os.path.dirname(self.path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def __enter__(self) -> Target:
@@ -201,11 +202,3 @@ def as_json(holding: Holding, name: str) -> dict[str, Any]:
 def _read(name: str) -> Protocol[str]:
     text: str = yield Read(name)
     return text
-
-
-def _clock() -> float:
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _new_lineage() -> str:
-    return os.urandom(LINEAGE_DIGITS // 2).hex()

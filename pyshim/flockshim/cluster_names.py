@@ -31,6 +31,11 @@ _VOUCHING = ".flockshim."
 _NOTICE = "flockshim records here who holds the lock on the file of this name. Leave it while programs run.\n"
 
 
+def new_lineage() -> str:
+    """Return a lineage that nobody has."""
+    return os.urandom(LINEAGE_DIGITS // 2).hex()
+
+
 class StateName(NamedTuple):
     """A state file's name, taken apart; `token` is the STATE."""
 

@@ -118,10 +118,6 @@ class Judge:
             with contextlib.suppress(OSError):
                 yield Unlink(vouching_name(self.found_dead.pop()))
 
-    def forget(self, tickets: Collection[str]) -> None:
-        """Forget what was observed of all but these."""
-        self._silences = {key: silence for key, silence in self._silences.items() if key in tickets}
-
     def sweep(self, own: str, most: int) -> Protocol[bool]:
         """Remove the vouching files of the dead. Returns whether to call it again, as often as `dead`.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import threading
 
 from flockshim import closing
 from flockshim._native import lib
@@ -48,7 +47,7 @@ def send(pids: Iterable[int], number: signal.Signals) -> None:
 
 def warn(pids: Iterable[int], line: str) -> None:
     """Write a line to the standard error of each. Not waited for: it may be a file whose server does not answer."""
-    _in_background(lambda: _tell(pids, line))
+    closing.aside(lambda: _tell(pids, line))
 
 
 def kill(pids: Iterable[int], line: str) -> None:
@@ -58,18 +57,7 @@ def kill(pids: Iterable[int], line: str) -> None:
         _tell(pids, line)
         send(pids, signal.SIGKILL)
 
-    _in_background(tell_and_end)
-
-
-def _in_background(work: Callable[[], None]) -> None:
-    def run() -> None:
-        try:
-            work()
-        finally:
-            closing.end()
-
-    closing.begin()
-    threading.Thread(target=run, daemon=True).start()
+    closing.aside(tell_and_end)
 
 
 def _tell(pids: Iterable[int], line: str) -> None:

@@ -126,7 +126,7 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[K
             predecessors[keeper] = descriptor
         else:
             others.append(descriptor)
-    if others:
+    if predecessors:
         closing.in_background()
     for descriptor in others:
         closing.close(descriptor)

@@ -11,7 +11,11 @@ from flockshim.lease_worker import Place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
     from flockshim.aliveness import Aliveness
+    from flockshim.cluster_ops import Protocol
     from flockshim.lease_files import Told
     from flockshim.lease_runner import Runner
 
@@ -63,7 +67,7 @@ class Directories:
             self._look_after(directory, now)
 
     def _look_after(self, directory: Directory, now: float) -> None:
-        if directory.vouching or directory.place.number not in self._all:
+        if directory.busy or directory.place.number not in self._all:
             return
         heartbeat = self._seconds / HEARTBEATS
         entries = [one for one in directory.leases if one.named is not False and (one.mode is not None or one.busy)]
@@ -71,7 +75,7 @@ class Directories:
         if any(now - lease.since >= age for lease in entries):
             self._vouch(directory)
         elif directory.judge.found_dead:
-            self._bury(directory)
+            self._run(directory, directory.judge.bury(), lambda *_: None)
         elif entries:
             return
         elif directory.has_file:
@@ -83,33 +87,30 @@ class Directories:
             del self._all[directory.place.number]
             self._runner.forget(directory)
 
+    def _run(self, directory: Directory, steps: Protocol[Any], ended: Callable[[Any, Exception | None], None]) -> None:
+        directory.busy = True
+
+        def over(result: Any, error: Exception | None) -> None:
+            directory.busy = False
+            ended(result, error)
+
+        self._runner.run(directory, steps, over)
+
     def _vouch(self, directory: Directory) -> None:
-        directory.vouching = directory.has_file = True
+        directory.has_file = True
 
         def ended(_: None, error: Exception | None) -> None:
-            directory.vouching = False
             if not error:
                 for lease in directory.leases:
                     lease.since = max(lease.since, clock())
 
-        self._runner.run(directory, directory.voucher.vouch(), ended)
-
-    def _bury(self, directory: Directory) -> None:
-        directory.vouching = True
-
-        def ended(_: None, __: Exception | None) -> None:
-            directory.vouching = False
-
-        self._runner.run(directory, directory.judge.bury(), ended)
+        self._run(directory, directory.voucher.vouch(), ended)
 
     def _withdraw(self, directory: Directory) -> None:
-        directory.vouching = True
-
         def ended(_: None, error: Exception | None) -> None:
-            directory.vouching = False
             directory.has_file = error is not None and not is_over(error)
 
-        self._runner.run(directory, directory.voucher.withdraw(), ended)
+        self._run(directory, directory.voucher.withdraw(), ended)
 
     def _sweep(self, directory: Directory, due: float, now: float) -> None:
         """Remove what crashes have left, once nothing else is to be done in a directory."""
@@ -119,10 +120,8 @@ class Directories:
             directory.sweep_at = now + NOTE_SECONDS
             return
         directory.sweep_at = now
-        directory.vouching = True
 
         def ended(more: bool | None, error: Exception | None) -> None:
-            directory.vouching = False
             if not more and (error is None or is_over(error)):
                 directory.sweep_at = None
             else:
@@ -131,13 +130,11 @@ class Directories:
                 directory.sweep_at = clock() + self._seconds * GAP / 4
                 self._runner.at(again, lambda: self._look_after(directory, clock()))
 
-        self._runner.run(directory, directory.judge.sweep(self._aliveness.keeper, MOST_WATCHED), ended)
+        self._run(directory, directory.judge.sweep(self._aliveness.keeper, MOST_WATCHED), ended)
 
     def is_idle(self) -> bool:
         """Return whether nothing is left to be removed."""
-        return not any(
-            d.has_file or d.vouching or d.judge.found_dead or d.sweep_at is not None for d in self._all.values()
-        )
+        return not any(d.has_file or d.busy or d.judge.found_dead or d.sweep_at is not None for d in self._all.values())
 
 
 def is_gone(error: Exception) -> bool:

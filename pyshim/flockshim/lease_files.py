@@ -38,7 +38,8 @@ class Directory:
         self.judge = Judge(seconds, clock, is_dead)
         self.leases: set[FileLease] = set()
         self.has_file = False
-        self.vouching = False
+        # Something is under way there that is nobody's lock.
+        self.busy = False
         # When to look next for vouching files of the dead; None: that is done.
         self.sweep_at: float | None = 0.0
 

@@ -11,7 +11,6 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 from flockshim import closing
@@ -219,8 +218,7 @@ class Runner:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             for end in ours, theirs:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
-            closing.begin()
-            threading.Thread(target=self._start, args=(theirs,), daemon=True).start()
+            closing.aside(lambda: self._start(theirs))
             ours.setblocking(False)
             self._worker = ours
             self.entrust(self._stopped)
@@ -230,8 +228,7 @@ class Runner:
     def _start(self, peer: socket.socket) -> None:
         """Start a worker, in a thread: the new process closes copies of programs' descriptors, which may take long."""
         script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lease_worker.py")
-        with contextlib.ExitStack() as last, peer:
-            last.callback(closing.end)
+        with peer:
             try:
                 # Both must mean the same bytes by a name.
                 locale = {name: os.environ[name] for name in ("LC_ALL", "LC_CTYPE", "LANG") if name in os.environ}

@@ -8,7 +8,7 @@ import time
 
 from flockshim import cluster_notes
 from flockshim.cluster import Lease
-from flockshim.cluster_names import LINEAGE_DIGITS
+from flockshim.cluster_names import new_lineage
 from flockshim.cluster_vouch import GAP
 from flockshim.lease_directories import Directories, is_gone, is_over
 from flockshim.lease_files import FileLease, Told, clock
@@ -81,7 +81,7 @@ class Leases:
         lease.named = None
 
     def _protocol(self, directory: Directory, name: str) -> Lease:
-        return Lease(name, self._ticket, _new_lineage, directory.judge, directory.voucher, self._is_used)
+        return Lease(name, self._ticket, new_lineage, directory.judge, directory.voucher, self._is_used)
 
     def _new(self, key: Key, path: str) -> FileLease:
         directory = self._directories.at(os.path.dirname(path))
@@ -400,7 +400,3 @@ class Leases:
         """The keeper leaves."""
         with contextlib.suppress(OSError):
             self._aliveness.end()
-
-
-def _new_lineage() -> str:
-    return os.urandom(LINEAGE_DIGITS // 2).hex()

@@ -84,12 +84,10 @@ def _take(locker: Locker, request: Request, environ: Mapping[str, str], teller: 
     while True:
         descriptor = _open(request.path)
         error = locker.by_kernel(descriptor, operation | fcntl.LOCK_NB)
-        emulated = error != 0 and locker.is_refusal(error)
         try:
             if error == errno.EWOULDBLOCK and not request.no_wait:
                 error = _wait_for_kernel(locker, descriptor, operation, deadline, teller)
-            if error == 0 and locker.reaches_one_host(descriptor):
-                emulated, error = True, errno.ENOLCK
+            emulated = locker.is_refusal(error)
             if emulated:
                 flags = fcntl.LOCK_NB if request.no_wait else 0
                 error = locker.by_mode(descriptor, operation | flags, error, deadline)

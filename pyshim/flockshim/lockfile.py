@@ -131,8 +131,6 @@ class LockFile:
         operation = self._operation if sleeps else self._operation | fcntl.LOCK_NB
         while True:
             error = self._locker.by_kernel(descriptor, operation)
-            if error == 0 and self._locker.reaches_one_host(descriptor):
-                error = errno.ENOLCK
             if self._locker.is_refusal(error):
                 error = self._emulate(descriptor, error, wait)
             if error == 0:

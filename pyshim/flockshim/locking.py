@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import stat
@@ -14,6 +13,10 @@ from flockshim._native import ffi, lib
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+# No errno: the kernel has locked, but for this host only.
+ONE_HOST = 1 << 16
 
 
 class TimedOutError(Exception):
@@ -33,9 +36,12 @@ class Locker:
     def by_kernel(self, descriptor: int, operation: int) -> int:
         """Return the errno of the kernel, or of what ``--simulate`` or ``--force`` puts in its place, or 0.
 
+        ONE_HOST stands for a 0 that `by_mode` must add to.
+
         :param operation: that of ``flock(2)``.
         """
-        return -int(lib.lock_by_kernel(self._config, descriptor, operation))
+        error = -int(lib.lock_by_kernel(self._config, descriptor, operation))
+        return ONE_HOST if error == 0 and self._reaches_one_host(descriptor) else error
 
     def rendezvous_directory(self) -> str:
         """Return the directory in which the keepers of this host listen.
@@ -52,8 +58,6 @@ class Locker:
 
         :raises OSError: as ``flock(2)``.
         """
-        if self.reaches_one_host(descriptor):
-            self.by_mode(descriptor, fcntl.LOCK_UN, errno.ENOLCK)
         error = self.by_kernel(descriptor, fcntl.LOCK_UN)
         if error and self.is_refusal(error):
             error = self.by_mode(descriptor, fcntl.LOCK_UN, error)
@@ -61,15 +65,11 @@ class Locker:
             raise OSError(error, os.strerror(error))
 
     def is_refusal(self, error: int) -> bool:
-        """Return whether *error* means that the kernel cannot lock, so that `by_mode` must."""
-        return bool(lib.config_triggers(self._config, error))
+        """Return whether *error* means that the kernel cannot lock, or not for all, so that `by_mode` must."""
+        return error == ONE_HOST or bool(lib.config_triggers(self._config, error))
 
-    def reaches_one_host(self, descriptor: int) -> bool:
-        """Return whether the kernel's lock is not enough: `by_mode` must add one between hosts.
-
-        Network and FUSE file systems have a lock operation for files only; flock(2) of a directory there is the
-        kernel's own, whatever the file system does about locks.
-        """
+    def _reaches_one_host(self, descriptor: int) -> bool:
+        """Network and FUSE file systems have a lock operation for files only, so flock(2) of a directory is local."""
         is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
         return is_directory and bool(lib.is_for_all_hosts(self._config, descriptor))
 

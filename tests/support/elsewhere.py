@@ -12,7 +12,7 @@ from typing import Any
 import flockshim
 from flockshim import cluster_list, cluster_notes
 from flockshim.cluster import Lease
-from flockshim.cluster_names import LINEAGE_DIGITS, vouching_name
+from flockshim.cluster_names import new_lineage, vouching_name
 from flockshim.cluster_notes import Program
 from flockshim.cluster_ops import Wait
 from flockshim.cluster_state import State
@@ -45,7 +45,7 @@ class Elsewhere:
         self._lease = Lease(
             self.name,
             lambda: f"{self.keeper}-{next(serial)}",
-            lambda: os.urandom(LINEAGE_DIGITS // 2).hex(),
+            new_lineage,
             Judge(MANY_SECONDS, time.monotonic, lambda _: None),
             Voucher(self.keeper, MANY_SECONDS, time.monotonic, str),
         )
