@@ -29,6 +29,9 @@ NATIVE_SOURCES = [
     "inflight",
     "processes",
     "probes",
+    "filter",
+    "target",
+    "supervise",
 ]
 
 STRICT = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
@@ -61,6 +64,7 @@ CDEF = """
         uint64_t inode;
         uint32_t flags;
         int32_t timeout;
+        int32_t pid;
         ...;
     };
     struct native_packet {
@@ -107,6 +111,7 @@ CDEF = """
     #define KIND_WAITING ...
     #define KIND_GRANT ...
     #define KIND_TIMEOUT ...
+    #define KIND_HELD ...
     #define FLAG_TELL ...
     #define FLAG_CLUSTER ...
     #define FLAG_ONLY_WARN ...
@@ -136,9 +141,15 @@ CDEF = """
     int native_self(void);
     int native_die_with_parent(int signal);
     int native_pidfd_open(int pid);
+    int native_pidfd_getfd(int pid, int number);
+    int native_become_subreaper(void);
     int native_inotify_init(void);
     int native_inotify_add_watch(int inotify, const char *path, uint32_t mask);
     int native_inotify_rm_watch(int inotify, int watch);
+    int native_report_lock_calls(void);
+    int native_answer_lock_calls(int error);
+    int native_ping_supervisor(void);
+    int native_supervise(const struct config *config, int listener, int mark);
     int native_raw_flock(int descriptor, int operation);
     int native_raw_record_lock(int descriptor, int type, int of_description, int wait);
 """
@@ -156,7 +167,8 @@ native.set_source(
     '#include "native.h"',
     sources=sources(NATIVE_SOURCES),
     include_dirs=["shim"],
-    extra_compile_args=["-D_GNU_SOURCE", "-fvisibility=hidden"],
+    extra_compile_args=["-D_GNU_SOURCE", "-fvisibility=hidden", "-pthread"],
+    extra_link_args=["-pthread"],
 )
 
 

@@ -50,7 +50,7 @@ long channel_connect(const struct channel *channel, const struct sockaddr_un *ad
 }
 
 long channel_send(const struct channel *channel, const struct protocol_request *request,
-                  int with_descriptor) {
+                  int descriptor) {
     union {
         struct cmsghdr head;
         char bytes[CMSG_SPACE(sizeof(int))];
@@ -62,8 +62,8 @@ long channel_send(const struct channel *channel, const struct protocol_request *
     struct msghdr message = {.msg_iov = &part, .msg_iovlen = 1};
     long result;
 
-    if (with_descriptor) {
-        *(int *)CMSG_DATA(&control.head) = request->descriptor;
+    if (descriptor >= 0) {
+        *(int *)CMSG_DATA(&control.head) = descriptor;
         message.msg_control = &control;
         message.msg_controllen = sizeof control;
     }

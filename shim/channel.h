@@ -23,9 +23,9 @@ long channel_connect(const struct channel *channel, const struct sockaddr_un *ad
 int channel_is_intact(const struct channel *channel);
 void channel_close(const struct channel *channel);
 
-/* As sendmsg(2), with -errno; the descriptor of the request goes along if wanted. */
+/* As sendmsg(2), with -errno; the descriptor goes along unless it is negative. */
 long channel_send(const struct channel *channel, const struct protocol_request *request,
-                  int with_descriptor);
+                  int descriptor);
 
 /* As recv(2), with -errno. The text ends with 0. */
 long channel_receive(const struct channel *channel, struct protocol_answer *answer, int flags);

@@ -22,6 +22,7 @@
 #define MAX_LOST 20
 #define MAX_STARTS 5
 #define STOPPED_MILLISECONDS 6000 /* more than the keeper needs to decide about LOCK_NB */
+#define GONE_MILLISECONDS 100     /* how late a supervised call's end by a signal may be noticed */
 #define SPIN_NANOSECONDS 50000
 #define NANOSECONDS_IN_A_SECOND INT64_C(1000000000)
 #define NANOSECONDS_IN_A_MILLISECOND 1000000
@@ -31,6 +32,7 @@ enum outcome { ANSWERED, LOST, NO_KEEPER, REDIRECTED, REFUSED };
 struct call {
     const struct config *config;
     struct client_wait *wait;
+    int descriptor;
     struct rendezvous rendezvous;
     struct protocol_request request;
     int blocking;
@@ -61,7 +63,7 @@ static long send_word(const struct call *call, enum protocol_kind kind) {
     if (!channel_is_intact(&call->channel))
         return -EBADF;
     word.kind = (uint16_t)kind;
-    return channel_send(&call->channel, &word, 0);
+    return channel_send(&call->channel, &word, -1);
 }
 
 /* A descriptor that was closed while its lock call waited may be another file by now. If granted
@@ -69,7 +71,7 @@ static long send_word(const struct call *call, enum protocol_kind kind) {
 static int is_same_file(const struct call *call) {
     struct stat status;
 
-    return sys2(SYS_fstat, call->request.descriptor, &status) == 0 &&
+    return sys2(SYS_fstat, call->descriptor, &status) == 0 &&
            status.st_dev == call->request.device && status.st_ino == call->request.inode;
 }
 
@@ -81,6 +83,12 @@ static enum outcome lose(struct call *call, int cancelled) {
         call->interrupted = 1;
     }
     return LOST;
+}
+
+/* The connection is closed without a word, which withdraws the request. */
+static enum outcome leave(struct call *call) {
+    call->interrupted = 1;
+    return REFUSED;
 }
 
 static int64_t now_in_nanoseconds(void) {
@@ -120,29 +128,49 @@ static long receive_soon(struct call *call) {
     return got;
 }
 
-/* How long our own callers wait for a keeper that may be stopped: it should have told them before
- * that their timeout is over, or that somebody else holds the lock. */
-static struct timespec patience(const struct call *call) {
-    int32_t milliseconds = STOPPED_MILLISECONDS + (call->blocking ? time_left(call) : 0);
+/* Whether nobody is there any more to be answered. */
+static int is_gone(const struct call *call) {
+    return call->wait->gone && call->wait->gone(call->wait->context);
+}
 
-    return (struct timespec){.tv_sec = milliseconds / 1000,
+/* How long our own callers wait for a keeper that may be stopped, in milliseconds: it should have
+ * told them before that their timeout is over, or that somebody else holds the lock. */
+static int32_t patience(const struct call *call) {
+    if (call->blocking && call->wait->timeout < 0)
+        return INT32_MAX;
+    return STOPPED_MILLISECONDS + (call->blocking ? time_left(call) : 0);
+}
+
+static long poll_for_answer(struct call *call, int32_t milliseconds) {
+    struct pollfd events[] = {{.fd = (int)call->channel.socket, .events = POLLIN},
+                              {.fd = call->wait->cancel, .events = POLLIN}};
+    struct timespec limit = {.tv_sec = milliseconds / 1000,
                              .tv_nsec = milliseconds % 1000 * NANOSECONDS_IN_A_MILLISECOND};
+    long result = sys5(SYS_ppoll, events, call->blocking ? 2 : 1, &limit, NULL, 0);
+
+    if (result <= 0)
+        return result < 0 ? result : -ETIME;
+    return events[0].revents ? receive(call, MSG_DONTWAIT) : -EINTR;
 }
 
 static long receive_with_patience(struct call *call) {
-    struct pollfd events[] = {{.fd = (int)call->channel.socket, .events = POLLIN},
-                              {.fd = call->wait->cancel, .events = POLLIN}};
-    int for_ever = call->blocking && call->wait->timeout < 0;
-    struct timespec limit;
+    int looks = call->blocking && call->wait->gone;
+    int32_t left;
     long result;
 
     if (!call->wait->poll)
         return receive(call, 0);
-    limit = patience(call);
-    result = sys5(SYS_ppoll, events, call->blocking ? 2 : 1, for_ever ? NULL : &limit, NULL, 0);
-    if (result <= 0)
-        return result < 0 ? result : -ETIME;
-    return events[0].revents ? receive(call, MSG_DONTWAIT) : -EINTR;
+    left = patience(call);
+    do {
+        int32_t slice = looks && left > GONE_MILLISECONDS ? GONE_MILLISECONDS : left;
+
+        result = poll_for_answer(call, slice);
+        if (result == -ETIME && looks && is_gone(call))
+            return -ESHUTDOWN;
+        if (left != INT32_MAX)
+            left -= slice;
+    } while (result == -ETIME && left > 0);
+    return result;
 }
 
 /* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
@@ -162,6 +190,8 @@ static enum outcome receive_answer(struct call *call) {
             }
             continue;
         }
+        if (got == -ESHUTDOWN)
+            return leave(call);
         if (got == -ETIME)
             return refuse(call, "the keeper does not answer; is it stopped? See flockshim --locks");
         /* A keeper that closes before it has read our second packet resets the connection, and the
@@ -173,16 +203,19 @@ static enum outcome receive_answer(struct call *call) {
         if (got < PROTOCOL_ANSWER_HEAD || call->answer.magic != PROTOCOL_MAGIC)
             return lose(call, cancelled);
         if (call->answer.kind == KIND_WAITING) {
-            report_waiting(call->config, call->request.descriptor, call->answer.text);
+            report_waiting(call->config, call->descriptor, call->answer.text);
             call->told = 1;
             call->request.flags &= ~FLAG_TELL;
             continue;
         }
+        if (call->answer.kind == KIND_GRANT && is_gone(call))
+            return leave(call);
         /* The lock is ours only if the keeper learns that we are still here: a call that was left
          * by longjmp(3) or exec, or is stopped, must not be served. */
         if (call->answer.kind == KIND_GRANT && send_word(call, KIND_TAKEN) < 0)
             return is_same_file(call) ? lose(call, cancelled) : ANSWERED;
         call->wait->timed_out = call->answer.kind == KIND_TIMEOUT;
+        call->wait->unchanged = call->answer.kind == KIND_HELD;
         if (call->answer.kind == KIND_REFUSAL || call->answer.kind == KIND_TIMEOUT)
             return refuse(call, call->answer.text);
         return call->answer.kind == KIND_REDIRECT ? REDIRECTED : ANSWERED;
@@ -200,7 +233,7 @@ static enum outcome ask(struct call *call) {
         long sent;
 
         call->request.timeout = time_left(call);
-        sent = channel_send(&call->channel, &call->request, 1);
+        sent = channel_send(&call->channel, &call->request, call->descriptor);
         if (sent == -ETOOMANYREFS)
             outcome =
                 refuse(call, "too many descriptors are on their way; raise the limit (ulimit -n)");
@@ -248,6 +281,8 @@ static enum outcome ask_until_answered(struct call *call) {
             call->answer.error = EBADF;
             return ANSWERED;
         }
+        if (is_gone(call))
+            return leave(call);
     }
     return refuse(call,
                   "the keeper does not stay alive; see keeper.log in the rendezvous directory");
@@ -265,15 +300,13 @@ static int shall_tell(const struct call *call) {
 }
 
 static uint32_t flags_of(const struct call *call) {
-    int cluster = is_for_all_hosts(call->config, call->request.descriptor);
+    int cluster = is_for_all_hosts(call->config, call->descriptor);
 
     return (shall_tell(call) ? FLAG_TELL : 0) | (cluster ? FLAG_CLUSTER : 0) |
            (call->config->only_warn ? FLAG_ONLY_WARN : 0);
 }
 
 static enum outcome prepare(struct call *call, const struct stat *status, int operation) {
-    int descriptor = call->request.descriptor;
-
     call->blocking = !(operation & (LOCK_NB | LOCK_UN));
     if (call->blocking)
         call->begin = now_in_nanoseconds();
@@ -282,7 +315,9 @@ static enum outcome prepare(struct call *call, const struct stat *status, int op
                                   .version = PROTOCOL_VERSION,
                                   .kind = KIND_LOCK,
                                   .operation = operation & LOCK_UN ? LOCK_UN : operation,
-                                  .descriptor = descriptor,
+                                  .descriptor =
+                                      call->wait->pid ? call->wait->number : call->descriptor,
+                                  .pid = call->wait->pid,
                                   .device = status->st_dev,
                                   .inode = status->st_ino,
                                   .flags = flags_of(call)};
@@ -306,7 +341,7 @@ static void note_refusal(struct call *call) {
 
 int client_flock(const struct config *config, struct client_wait *wait, int descriptor,
                  int operation) {
-    struct call call = {.config = config, .wait = wait, .request.descriptor = descriptor};
+    struct call call = {.config = config, .wait = wait, .descriptor = descriptor};
     struct stat status;
     int result = (int)sys2(SYS_fstat, descriptor, &status);
     enum outcome outcome;

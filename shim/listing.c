@@ -38,7 +38,7 @@ int native_ask_for_list(const char *socket_path, int descriptor, int millisecond
         return -EMFILE;
     result = channel_connect(&channel, &address);
     if (result == 0)
-        result = channel_send(&channel, &request, 1);
+        result = channel_send(&channel, &request, descriptor);
     if (result >= 0)
         result = wait_for_answer(&channel, milliseconds);
     channel_close(&channel);

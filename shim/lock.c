@@ -29,9 +29,9 @@ static int is_lockable(int descriptor, int operation, struct stat *status) {
            sys2(SYS_fstat, descriptor, status) == 0;
 }
 
-/* The errno that takes the place of the kernel's answer, or 0: ask it. File systems that cannot
- * lock refuse regular files only; --force is for any file that programs lock by name. */
-static int answer_without_kernel(const struct config *config, int descriptor, int operation) {
+/* File systems that cannot lock refuse regular files only; --force is for any file that programs
+ * lock by name. */
+int lock_without_kernel(const struct config *config, int descriptor, int operation) {
     struct stat status;
 
     if ((!config->force && !config->simulate) || !is_lockable(descriptor, operation, &status))
@@ -45,7 +45,7 @@ static int answer_without_kernel(const struct config *config, int descriptor, in
 }
 
 int lock_by_kernel(const struct config *config, int descriptor, int operation) {
-    int error = answer_without_kernel(config, descriptor, operation);
+    int error = lock_without_kernel(config, descriptor, operation);
 
     return error ? -error : (int)sys2(SYS_flock, descriptor, operation);
 }

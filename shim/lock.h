@@ -5,6 +5,9 @@
 #include "client.h"
 #include "config.h"
 
+/* The errno that stands in for the kernel's answer (--simulate, --force), or 0: ask the kernel. */
+int lock_without_kernel(const struct config *config, int descriptor, int operation);
+
 /* What the kernel says, or what stands in for it (--simulate, --force): 0 or -errno. */
 int lock_by_kernel(const struct config *config, int descriptor, int operation);
 

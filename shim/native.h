@@ -89,12 +89,25 @@ int native_self(void);
 int native_clone_sharing_descriptors(void);
 int native_die_with_parent(int signal);
 int native_pidfd_open(int pid);
+/* A duplicate of descriptor `number` of another process: pidfd_getfd(2). */
+int native_pidfd_getfd(int pid, int number);
+/* Descendants whose parent ends become our children: prctl(2), PR_SET_CHILD_SUBREAPER. */
+int native_become_subreaper(void);
 int native_inotify_init(void);
 int native_inotify_add_watch(int inotify, const char *path, uint32_t mask);
 int native_inotify_rm_watch(int inotify, int watch);
 
 /* What the kernel says to a lock call, for --check: 0 or -errno. A record lock is of the whole
  * file, its type F_RDLCK, F_WRLCK or F_UNLCK. */
+/* Filters of this process and of all that it starts, for good; or -errno. The first has its lock
+ * calls reported to the descriptor that is returned; the second answers them itself, with an errno
+ * or 0. See filter.c. */
+int native_report_lock_calls(void);
+int native_answer_lock_calls(int error);
+/* The mark of the supervisor that our own lock calls reach, or -errno. */
+int native_ping_supervisor(void);
+/* Threads answer what is reported, from now on: 0, or -errno. The settings must stay. */
+int native_supervise(const struct config *config, int listener, int mark);
 int native_raw_flock(int descriptor, int operation);
 int native_raw_record_lock(int descriptor, int type, int of_description, int wait);
 

@@ -12,6 +12,9 @@
 #ifndef SYS_pidfd_open
 #define SYS_pidfd_open 434
 #endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
 
 int native_clone_sharing_descriptors(void) {
     long pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, 0, 0, 0, 0);
@@ -31,6 +34,23 @@ int native_pidfd_open(int pid) {
     long descriptor = syscall(SYS_pidfd_open, pid, 0);
 
     return descriptor < 0 ? -errno : (int)descriptor;
+}
+
+int native_pidfd_getfd(int pid, int number) {
+    int handle = native_pidfd_open(pid);
+    long descriptor;
+
+    if (handle < 0)
+        return handle;
+    descriptor = syscall(SYS_pidfd_getfd, handle, number, 0);
+    if (descriptor < 0)
+        descriptor = -errno;
+    close(handle);
+    return (int)descriptor;
+}
+
+int native_become_subreaper(void) {
+    return prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0 ? -errno : 0;
 }
 
 int native_inotify_init(void) {

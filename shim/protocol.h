@@ -7,7 +7,7 @@
 #include <stdint.h>
 
 #define PROTOCOL_MAGIC 0x4b434c46u
-#define PROTOCOL_VERSION 2
+#define PROTOCOL_VERSION 3
 #define PROTOCOL_TEXT 400
 #define FLAG_TELL 1u
 #define FLAG_CLUSTER 2u
@@ -25,6 +25,7 @@ enum protocol_kind {
     KIND_TAKEN = 8,
     KIND_TIMEOUT = 9, /* a refusal: the timeout is over; text is who holds the lock */
     KIND_LIST = 10,   /* write who holds and who waits, as JSON, to the descriptor attached */
+    KIND_HELD = 11,   /* for a supervisor, instead of an answer with error 0: it held that before */
 };
 
 struct protocol_request {
@@ -38,6 +39,8 @@ struct protocol_request {
     uint64_t inode;
     uint32_t flags;
     int32_t timeout; /* milliseconds; negative: for ever */
+    int32_t pid;     /* the program, where its supervisor asks; else 0: who asks is the program */
+    int32_t unused;
 };
 
 struct protocol_answer {

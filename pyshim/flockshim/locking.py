@@ -30,8 +30,8 @@ class Locker:
         """Read *environ*, as :func:`flockshim.launch.environment` returns it."""
         names = [name for name in launch.VARIABLES if name in environ]
         entries = [ffi.new("char[]", os.fsencode(f"{name}={environ[name]}")) for name in names]
-        self._config = ffi.new("struct config *")
-        lib.config_read(self._config, ffi.new("char *[]", [*entries, ffi.NULL]))
+        self.config = ffi.new("struct config *")
+        lib.config_read(self.config, ffi.new("char *[]", [*entries, ffi.NULL]))
 
     def by_kernel(self, descriptor: int, operation: int) -> int:
         """Return the errno of the kernel, or of what ``--simulate`` or ``--force`` puts in its place, or 0.
@@ -40,7 +40,7 @@ class Locker:
 
         :param operation: that of ``flock(2)``.
         """
-        error = -int(lib.lock_by_kernel(self._config, descriptor, operation))
+        error = -int(lib.lock_by_kernel(self.config, descriptor, operation))
         return ONE_HOST if error == 0 and self._reaches_one_host(descriptor) else error
 
     def rendezvous_directory(self) -> str:
@@ -49,7 +49,7 @@ class Locker:
         :raises FlockshimError: when its name is too long.
         """
         place = ffi.new("struct rendezvous *")
-        if lib.rendezvous_find(self._config, place) < 0:
+        if lib.rendezvous_find(self.config, place) < 0:
             raise FlockshimError("FLOCKSHIM_DIR: the name is too long for a socket's address: choose a shorter one")
         return os.fsdecode(ffi.string(place.directory))
 
@@ -66,12 +66,12 @@ class Locker:
 
     def is_refusal(self, error: int) -> bool:
         """Return whether *error* means that the kernel cannot lock, or not for all, so that `by_mode` must."""
-        return error == ONE_HOST or bool(lib.config_triggers(self._config, error))
+        return error == ONE_HOST or bool(lib.config_triggers(self.config, error))
 
     def _reaches_one_host(self, descriptor: int) -> bool:
         """Network and FUSE file systems have a lock operation for files only, so flock(2) of a directory is local."""
         is_directory = stat.S_ISDIR(os.fstat(descriptor).st_mode)
-        return is_directory and bool(lib.is_for_all_hosts(self._config, descriptor))
+        return is_directory and bool(lib.is_for_all_hosts(self.config, descriptor))
 
     def by_mode(
         self, descriptor: int, operation: int, error: int, deadline: float | None = None, cancel: int = -1
@@ -90,7 +90,7 @@ class Locker:
             wait.timeout = int(min(max(0.0, deadline - time.monotonic()), float(launch.MAX_TIMEOUT)) * 1000)
         wait.poll = 1
         wait.cancel = cancel
-        result = lib.lock_by_mode(self._config, wait, descriptor, operation, error)
+        result = lib.lock_by_mode(self.config, wait, descriptor, operation, error)
         if wait.refusal[0] != b"\0":
             text = os.fsdecode(ffi.string(wait.refusal))
             raise TimedOutError(text) if wait.timed_out else FlockshimError(text)

@@ -13,6 +13,15 @@ from flockshim import holders
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import NoReturn, Protocol
+
+    class Child(Protocol):
+        """COMMAND's process."""
+
+        pid: int
+
+        def status(self) -> int | None:
+            """Return what ``waitpid(2)`` with WNOHANG and WUNTRACED does, or None where nothing has changed."""
 
 # siginfo's si_code of what no process has sent: sigaction(2), SI_KERNEL.
 FROM_KERNEL = 0x80
@@ -36,8 +45,25 @@ FROM_TERMINAL = {
 }
 
 
-def run(start: Callable[[], int]) -> int:
+class ForkedChild:
+    """COMMAND as a child of this process."""
+
+    def __init__(self, become: Callable[[], NoReturn]) -> None:
+        """Call *become* in a child."""
+        self.pid = os.fork()
+        if self.pid == 0:
+            become()
+
+    def status(self) -> int | None:
+        """See `Child`."""
+        pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+        return status if pid else None
+
+
+def run(start: Callable[[], int], begin: Callable[[Callable[[], NoReturn]], Child] = ForkedChild) -> int:
     """Call *start* in a child, where it becomes COMMAND, and wait for that; return its status as ``waitpid(2)`` does.
+
+    The child is begun by *begin*, with a function that calls *start* and does not return.
 
     What *start* returns where it did not become COMMAND is the child's exit status. Meanwhile signals sent to this
     process are handed on, and it is stopped and continued with the child. Signals are blocked from then on: COMMAND
@@ -48,8 +74,8 @@ def run(start: Callable[[], int]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     # Where SIGCHLD is ignored children leave no status: wait(2).
     disposition = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    child = os.fork()
-    if child == 0:
+
+    def become() -> NoReturn:
         status = 125
         try:
             signal.signal(signal.SIGCHLD, disposition)
@@ -57,6 +83,8 @@ def run(start: Callable[[], int]) -> int:
             status = start()
         finally:
             os._exit(status)
+
+    child = begin(become)
     while True:
         info = signal.sigwaitinfo(handled)
         if info.si_signo == signal.SIGCHLD:
@@ -64,7 +92,7 @@ def run(start: Callable[[], int]) -> int:
             if ended is not None:
                 return ended
         else:
-            _hand_on(info, child)
+            _hand_on(info, child.pid)
 
 
 def end_as(status: int) -> int:
@@ -86,17 +114,17 @@ def _name(number: int) -> str:
     return getattr(number, "name", "")
 
 
-def _look_after(child: int) -> int | None:
+def _look_after(child: Child) -> int | None:
     """Return the status of a child that has ended. If it was stopped, stop too, as the shell expects of a job."""
     while True:
-        pid, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
-        if pid == 0:
+        status = child.status()
+        if status is None:
             return None
         if not os.WIFSTOPPED(status):
             return status
         # Others stop a child for its tracer: ptrace(2).
         if os.WSTOPSIG(status) in STOPS:
-            _stop_with(child, os.WSTOPSIG(status))
+            _stop_with(child.pid, os.WSTOPSIG(status))
 
 
 def _stop_with(child: int, number: int) -> None:

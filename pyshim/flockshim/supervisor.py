@@ -1,0 +1,264 @@
+"""``--via seccomp``: the process that answers the lock calls of COMMAND and of all that it starts.
+
+The launcher starts the supervisor, and that starts COMMAND, so that it is an ancestor of all whose descriptors it has
+to duplicate (Yama allows no others, ``ptrace_scope`` in the kernel's documentation). It takes in those whose own parents
+have ended, and ends when nobody is left: so whatever COMMAND leaves running stays covered. The lock calls themselves are
+the matter of ``shim/supervise.c``; this is about processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import socket
+import sys
+import zlib
+from typing import TYPE_CHECKING
+
+from flockshim import FlockshimError, launch
+from flockshim._native import ffi, lib
+from flockshim.locking import Locker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import NoReturn
+
+# What the supervisor tells the launcher.
+STARTED, FAILED, STOPPED, ENDED, OTHERS = "started", "failed", "stopped", "ended", "others"
+
+# Settings that make a difference to what a lock call is answered.
+ANSWERS = ("MODE", "ERRNO", "FORCE", "SIMULATE", "TIMEOUT", "LEASE", "ON_LOST", "DIR")
+
+
+class SupervisedChild:
+    """COMMAND, as the launcher sees it through the supervisor: see `parent.Child`."""
+
+    def __init__(self, environ: Mapping[str, str], become: Callable[[], NoReturn]) -> None:
+        """Start supervisor and COMMAND.
+
+        :param environ: the settings.
+        :raises FlockshimError: when the kernel, or who confines us, does not permit it; says what.
+        """
+        # Should the supervisor be killed, COMMAND becomes a child of this process.
+        lib.native_become_subreaper()
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._supervisor = os.fork()
+        if self._supervisor == 0:
+            try:
+                self._channel.close()
+                _Supervisor(theirs, environ).run(become)
+            finally:
+                os._exit(125)
+        theirs.close()
+        self._alive = True
+        word, text = self._receive()
+        if word != STARTED:
+            os.waitpid(self._supervisor, 0)
+            raise FlockshimError(text or "the supervisor has ended before COMMAND was started")
+        self.pid = int(text)
+        self._have_changes_signalled()
+
+    def status(self) -> int | None:
+        """Return what ``waitpid(2)`` with WNOHANG and WUNTRACED would, or None where nothing has changed."""
+        if self._alive:
+            word, text = self._receive(socket.MSG_DONTWAIT)
+            if word == STOPPED:
+                return int(text)
+            if word == ENDED:
+                self._take_leave()
+                return int(text)
+            if self._alive:
+                return None
+            sys.stderr.write("flockshim: the supervisor was killed: lock calls of COMMAND fail from now on\n")
+        pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+        return status if pid else None
+
+    def _receive(self, flags: int = 0) -> tuple[str, str]:
+        try:
+            packet = self._channel.recv(4096, flags)
+        except BlockingIOError:
+            return "", ""
+        except ConnectionResetError:
+            packet = b""
+        self._alive = bool(packet)
+        word, _, text = packet.decode(errors="surrogateescape").partition(" ")
+        return word, text
+
+    def _have_changes_signalled(self) -> None:
+        descriptor = self._channel.fileno()
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGCHLD)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, os.O_ASYNC)
+        # For what was told before that.
+        os.kill(os.getpid(), signal.SIGCHLD)
+
+    def _take_leave(self) -> None:
+        """No signal is sent to COMMAND's pid any more, which may be another's from here on."""
+        with contextlib.suppress(OSError):
+            self._channel.send(b"seen")
+            if self._receive()[0] != OTHERS:
+                # So that time(1) and the shell's `times` count what COMMAND has used.
+                os.waitpid(self._supervisor, 0)
+
+
+class _RefusedError(Exception):
+    """What keeps COMMAND from being supervised."""
+
+
+class _Supervisor:
+    """The supervisor's process."""
+
+    def __init__(self, launcher: socket.socket, environ: Mapping[str, str]) -> None:
+        self._launcher = launcher
+        self._locker = Locker(environ)
+        self._mark = mark(environ)
+        self._command = 0
+
+    def run(self, become: Callable[[], NoReturn]) -> NoReturn:
+        """Start COMMAND, and answer lock calls until nobody is left who makes them."""
+        lib.native_become_subreaper()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._command = os.fork()
+        if self._command == 0:
+            try:
+                ours.close()
+                self._launcher.close()
+                _confine(theirs, self._mark)
+                theirs.close()
+                become()
+            finally:
+                os._exit(125)
+        theirs.close()
+        try:
+            self._begin(ours)
+        except _RefusedError as refused:
+            self._tell(FAILED, str(refused))
+            os.kill(self._command, signal.SIGKILL)
+            os._exit(125)
+        self._tell(STARTED, str(self._command))
+        self._look_after_children()
+
+    def _begin(self, command: socket.socket) -> None:
+        number = _number_from(command)
+        if number < 0:
+            raise _RefusedError(_why_no_filter(-number))
+        listener = lib.native_pidfd_getfd(self._command, number)
+        if listener < 0:
+            raise _RefusedError(_why_no_descriptor(-listener))
+        self._let_go_of_everything(listener, command)
+        error = lib.native_supervise(self._locker.config, listener, self._mark)
+        if error < 0:
+            raise _RefusedError(f"no thread can be started ({os.strerror(-error)}): raise the limit (ulimit -u)")
+        command.send(b"go")
+        if _number_from(command) != self._mark:
+            raise _RefusedError("another filter answers lock calls itself: an outer flockshim, or a container's")
+        command.close()
+
+    def _let_go_of_everything(self, listener: int, command: socket.socket) -> None:
+        """Whoever reads the other end of a pipe waits for its last writer; and a directory in use cannot be unmounted."""
+        os.chdir("/")
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(nothing, 0)
+        os.dup2(nothing, 1)
+        kept = {0, 1, 2, listener, command.fileno(), self._launcher.fileno()}
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(int(name))
+
+    def _tell(self, word: str, text: str = "") -> None:
+        with contextlib.suppress(OSError):  # the launcher was killed
+            self._launcher.send(f"{word} {text}".encode(errors="surrogateescape"), socket.MSG_NOSIGNAL)
+
+    def _look_after_children(self) -> NoReturn:
+        while True:
+            try:
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+            except ChildProcessError:
+                os._exit(0)
+            assert info
+            if info.si_pid == self._command and info.si_code != os.CLD_STOPPED and info.si_code != os.CLD_TRAPPED:
+                self._end_of_command()
+                continue
+            pid, status = os.waitpid(info.si_pid, os.WUNTRACED)
+            if pid == self._command:
+                self._tell(STOPPED, str(status))
+
+    def _end_of_command(self) -> None:
+        """COMMAND's pid stays its own until the launcher knows that it has ended."""
+        info = os.waitid(os.P_PID, self._command, os.WEXITED | os.WNOWAIT)
+        assert info
+        dumped = 0x80 if info.si_code == os.CLD_DUMPED else 0
+        status = info.si_status << 8 if info.si_code == os.CLD_EXITED else info.si_status | dumped
+        self._tell(ENDED, str(status))
+        with contextlib.suppress(OSError):
+            self._launcher.recv(16)
+        os.waitpid(self._command, 0)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+            self._tell(OTHERS)
+            self._launcher.close()
+            os.dup2(0, 2)
+            return
+        os._exit(0)
+
+
+def mark(environ: Mapping[str, str]) -> int:
+    """Return a number that tells supervisors with other settings apart."""
+    settings = [environ.get(f"FLOCKSHIM_{name}", "") for name in ANSWERS]
+    return zlib.crc32("\0".join(settings).encode(errors="surrogateescape")) & 0x3FFFFFFF | 1
+
+
+def is_supervised_alike(environ: Mapping[str, str]) -> bool:
+    """Return whether this process's lock calls reach a supervisor that has the settings of *environ* already."""
+    return bool(lib.native_ping_supervisor() == mark(environ))
+
+
+def _confine(supervisor: socket.socket, own_mark: int) -> None:
+    """Install the filter in this process, and go on when the supervisor hears it."""
+    listener = lib.native_report_lock_calls()
+    supervisor.send(str(listener).encode())
+    supervisor.recv(16)
+    os.close(listener)
+    answer = lib.native_ping_supervisor()
+    supervisor.send(str(answer).encode())
+    if answer != own_mark:
+        os._exit(125)
+
+
+def _number_from(command: socket.socket) -> int:
+    text = command.recv(16)
+    if not text:
+        raise _RefusedError("COMMAND's process has ended")
+    return int(text)
+
+
+def _why_no_filter(error: int) -> str:
+    if error == errno.EBUSY:
+        return "a supervisor is there already (a container's, or an outer flockshim with other settings), and there can be but one"
+    if error in (errno.ENOSYS, errno.EINVAL):
+        return "this kernel has no seccomp user notification (Linux 5.0, CONFIG_SECCOMP_FILTER)"
+    return f"seccomp(2) is refused here: {os.strerror(error)}"
+
+
+def _why_no_descriptor(error: int) -> str:
+    if error == errno.ENOSYS:
+        return "pidfd_getfd(2) is missing (Linux 5.6), or a container hides it"
+    return f"pidfd_getfd(2) is refused here: {os.strerror(error)}"
+
+
+def confine_and_answer(error: int) -> None:
+    """Have all lock calls of this process, and of all that it starts, answered with an errno or 0.
+
+    :raises FlockshimError: where seccomp(2) is refused.
+    """
+    result = lib.native_answer_lock_calls(error)
+    if result < 0:
+        raise FlockshimError(_why_no_filter(-result))
+
+
+_ = ffi

@@ -1,0 +1,97 @@
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kcmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "target.h"
+
+/* Newer than the headers that we build on. */
+#ifndef SYS_pidfd_open
+#define SYS_pidfd_open 434
+#endif
+#ifndef SYS_pidfd_getfd
+#define SYS_pidfd_getfd 438
+#endif
+#ifndef PIDFD_THREAD
+#define PIDFD_THREAD O_EXCL /* Linux 6.9 */
+#endif
+
+/* Which process a thread is of costs more to read than all the rest. tgkill(2) tells whether what
+ * is remembered still holds. */
+#define REMEMBERED 64
+static uint64_t remembered[REMEMBERED];
+
+static pid_t read_process_of(pid_t tid) {
+    char path[40], status[1024];
+    const char *line;
+    ssize_t got;
+    int file;
+
+    snprintf(path, sizeof path, "/proc/%d/status", tid);
+    file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return -1;
+    got = read(file, status, sizeof status - 1);
+    close(file);
+    status[got < 0 ? 0 : got] = 0;
+    line = strstr(status, "\nTgid:");
+    return line ? (pid_t)strtol(line + 6, NULL, 10) : -1;
+}
+
+static pid_t process_of(pid_t tid) {
+    uint64_t *place = &remembered[tid % REMEMBERED];
+    uint64_t entry = __atomic_load_n(place, __ATOMIC_RELAXED);
+    pid_t pid = (pid_t)(entry >> 32);
+
+    if ((pid_t)(entry & 0xffffffff) == tid && syscall(SYS_tgkill, pid, tid, 0) == 0)
+        return pid;
+    pid = read_process_of(tid);
+    if (pid > 0)
+        __atomic_store_n(place, (uint64_t)pid << 32 | (uint32_t)tid, __ATOMIC_RELAXED);
+    return pid;
+}
+
+/* Threads may have tables of descriptors of their own: unshare(2), CLONE_FILES. */
+static int has_table_of(pid_t tid, pid_t pid) {
+    return syscall(SYS_kcmp, tid, pid, KCMP_FILES, 0, 0) == 0;
+}
+
+static int open_handle(struct target *target, pid_t tid) {
+    int handle = (int)syscall(SYS_pidfd_open, tid, 0);
+
+    if (handle >= 0) {
+        target->pid = tid;
+        return handle;
+    }
+    if (errno == ESRCH || errno == ENOSYS || errno == EPERM || errno == EMFILE || errno == ENFILE)
+        return -errno;
+    target->pid = process_of(tid);
+    if (target->pid < 0)
+        return -ESRCH;
+    handle = (int)syscall(SYS_pidfd_open, tid, PIDFD_THREAD);
+    if (handle >= 0)
+        return handle;
+    if (!has_table_of(tid, target->pid))
+        return -ENOTSUP;
+    handle = (int)syscall(SYS_pidfd_open, target->pid, 0);
+    return handle < 0 ? -errno : handle;
+}
+
+void target_open(struct target *target, pid_t tid, int number) {
+    int handle = open_handle(target, tid);
+
+    target->number = number;
+    target->descriptor = handle;
+    if (handle < 0)
+        return;
+    target->descriptor = (int)syscall(SYS_pidfd_getfd, handle, number, 0);
+    if (target->descriptor < 0)
+        target->descriptor = -errno;
+    close(handle);
+}
