@@ -310,17 +310,16 @@ static enum outcome prepare(struct call *call, const struct stat *status, int op
     call->blocking = !(operation & (LOCK_NB | LOCK_UN));
     if (call->blocking)
         call->begin = now_in_nanoseconds();
-    call->request =
-        (struct protocol_request){.magic = PROTOCOL_MAGIC,
-                                  .version = PROTOCOL_VERSION,
-                                  .kind = KIND_LOCK,
-                                  .operation = operation & LOCK_UN ? LOCK_UN : operation,
-                                  .descriptor =
-                                      call->wait->pid ? call->wait->number : call->descriptor,
-                                  .pid = call->wait->pid,
-                                  .device = status->st_dev,
-                                  .inode = status->st_ino,
-                                  .flags = flags_of(call)};
+    call->request = (struct protocol_request){
+        .magic = PROTOCOL_MAGIC,
+        .version = PROTOCOL_VERSION,
+        .kind = KIND_LOCK,
+        .operation = operation & LOCK_UN ? LOCK_UN : operation,
+        .descriptor = call->wait->pid ? call->wait->number : call->descriptor,
+        .pid = call->wait->pid,
+        .device = status->st_dev,
+        .inode = status->st_ino,
+        .flags = flags_of(call)};
     if (call->config->bad) {
         struct text text = text_over(call->answer.text, sizeof call->answer.text);
 

@@ -9,13 +9,13 @@
 struct client_wait {
     int timeout; /* milliseconds; negative: for ever */
     int poll; /* whether poll(2) may be used, which SA_RESTART does not restart: not in programs */
-    int cancel;    /* a descriptor that is readable when the wait shall end as by a signal; or -1 */
-    int pid;       /* for which program a supervisor asks; 0: for this one */
-    int number;    /* of the descriptor in that program */
+    int cancel; /* a descriptor that is readable when the wait shall end as by a signal; or -1 */
+    int pid;    /* for which program a supervisor asks; 0: for this one */
+    int number; /* of the descriptor in that program */
     int (*gone)(void *context); /* whether that program's call has ended by a signal; or NULL */
     void *context;
-    int unchanged; /* out: the supervised program held just that lock before */
-    int timed_out; /* out: the timeout is over; the refusal is who holds the lock */
+    int unchanged;               /* out: the supervised program held just that lock before */
+    int timed_out;               /* out: the timeout is over; the refusal is who holds the lock */
     char refusal[PROTOCOL_TEXT]; /* out: why the protection cannot be given, or empty */
 };
 

@@ -1,5 +1,5 @@
-/* Answers the lock calls that a filter reports, seccomp_unotify(2): one thread for each call that is
- * under way, so that waiting for a lock is the shim's own client doing just what it does in a
+/* Answers the lock calls that a filter reports, seccomp_unotify(2): one thread for each call that
+ * is under way, so that waiting for a lock is the shim's own client doing just what it does in a
  * program. */
 #include <errno.h>
 #include <fcntl.h>
@@ -48,8 +48,8 @@ struct lock_call {
 };
 
 static int is_gone(void *notification) {
-    return ioctl(supervisor.listener, NOTIFY_IS_VALID,
-                 &((struct notification *)notification)->id) < 0;
+    return ioctl(supervisor.listener, NOTIFY_IS_VALID, &((struct notification *)notification)->id) <
+           0;
 }
 
 /* 0, or -ENOENT where the call has ended by a signal. */
@@ -78,8 +78,8 @@ static void take_turn(struct lock_call *call) {
     pthread_mutex_unlock(&slots[slot].mutex);
 }
 
-/* Whether the kernel has a flock(2) lock of this description: proc(5), fdinfo. File systems that ask
- * a server may not show theirs. */
+/* Whether the kernel has a flock(2) lock of this description: proc(5), fdinfo. File systems that
+ * ask a server may not show theirs. */
 static int kernel_has_locked(int descriptor) {
     char path[40], info[2048];
     ssize_t got;

@@ -13,7 +13,10 @@ from flockshim import FlockshimError, __version__, launch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from typing import Any
+
+    from flockshim.parent import Begin
 
 HELP = """\
 usage: flockshim [OPTION...] [--] COMMAND [ARG...]
@@ -34,6 +37,12 @@ they fail.
                                 host on others (default)
                        success  success, without any protection
                        fail     the error, as without flockshim
+  --via WAY          how COMMAND is reached:
+                       preload  by a library: dynamically linked programs
+                       seccomp  by a supervisor: any program, and all that it
+                                starts
+                       auto     seccomp for static and Go programs, preload
+                                for others (default)
   --errno LIST       errnos that mean "cannot lock", names or numbers
                      (default ENOSYS,EOPNOTSUPP,ENOLCK,524)
   --force            never ask the kernel: for mounts whose lock call hangs,
@@ -65,7 +74,7 @@ they fail.
   --verbose          say what is being waited for, on no terminal too
   --version, --help
 
-The variables FLOCKSHIM_MODE, FLOCKSHIM_ERRNO, FLOCKSHIM_FORCE=1,
+The variables FLOCKSHIM_MODE, FLOCKSHIM_VIA, FLOCKSHIM_ERRNO, FLOCKSHIM_FORCE=1,
 FLOCKSHIM_SIMULATE, FLOCKSHIM_TIMEOUT, FLOCKSHIM_ON_LOST, FLOCKSHIM_QUIET=1 and
 FLOCKSHIM_VERBOSE=1 say the same; an option wins over its variable.
 FLOCKSHIM_LEASE is the lease time in seconds (default 90), alike on all hosts.
@@ -83,7 +92,7 @@ NOT_FOUND = 127
 
 CHECK_SECONDS = 5.0
 
-WITH_VALUE = ("mode", "errno", "simulate", "timeout", "on-lost", "lock")
+WITH_VALUE = ("mode", "via", "errno", "simulate", "timeout", "on-lost", "lock")
 FLAGS = (
     "force",
     "quiet",
@@ -252,13 +261,8 @@ def _own_environment() -> "dict[str, str]":
 
 
 def _start(command: "list[str]", environ: "dict[str, str]", lock: "dict[str, str | bool]") -> int:
-    from flockshim import executable
-
     try:
-        if launch.needs_shim(environ):
-            path, arguments = executable.protected(command, environ)
-        else:
-            path, arguments = executable.find(command[0], environ), command
+        start, begin = _way_to_start(command, environ)
     except OSError as error:
         return _fail_to_execute(command[0], error)
     _warn(environ)
@@ -271,13 +275,52 @@ def _start(command: "list[str]", environ: "dict[str, str]", lock: "dict[str, str
             no_wait="no-wait" in lock,
             inherit="inherit" in lock,
         )
-        return lock_command.run(request, environ, lambda: _become(path, arguments, environ), _say)
-    return _become(path, arguments, environ)
+        return lock_command.run(request, environ, start, begin, _say)
+    if begin:
+        from flockshim import parent
+
+        return parent.end_as(parent.run(start, begin))
+    return start()
 
 
-def _become(path: str, arguments: "list[str]", environ: "dict[str, str]") -> int:
+def _way_to_start(command: "list[str]", environ: "dict[str, str]") -> "tuple[Callable[[], int], Begin | None]":
+    """Return what turns a process into COMMAND, and what makes that process where it cannot be this one."""
+    from flockshim import elf, executable
+
+    via = environ.get("FLOCKSHIM_VIA")
+    unreachable = None
+    if not launch.needs_shim(environ):
+        path = executable.find(command[0], environ)
+        return lambda: _become(path, command, environ), None
+    if via != "seccomp":
+        try:
+            path, arguments = executable.protected(command, environ)
+            if "FLOCKSHIM_SUPERVISED" in environ:
+                from flockshim import seccomp_launch
+
+                seccomp_launch.refuse_other_supervisor(environ)
+            return lambda: _become(path, arguments, environ), None
+        except elf.UnreachableError as error:
+            if via == "preload":
+                raise
+            unreachable = error
+    from flockshim import seccomp_launch
+
+    found = executable.find(command[0], environ), command
+    way = seccomp_launch.Way(found, environ, _become, _say, unreachable)
+    return way.start, way.begin
+
+
+def _become(path: str, arguments: "list[str]", environ: "Mapping[str, str]") -> int:
+    from flockshim import executable
+
     try:
-        os.execve(path, arguments, environ)
+        try:
+            os.execve(path, arguments, environ)
+        except OSError as error:
+            if not executable.is_for_shell(path, error):
+                raise
+            os.execve(executable.SHELL, [executable.SHELL, path, *arguments[1:]], environ)
     except OSError as error:
         return _fail_to_execute(path, error)
 

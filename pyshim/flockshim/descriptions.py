@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Description:
     """An open file description, by the keeper's duplicate, and where it was last seen open."""
 
-    __slots__ = ("descriptor", "key", "number", "only_warn", "pid", "since", "taker", "waits")
+    __slots__ = ("answers", "descriptor", "key", "number", "only_warn", "pid", "since", "taker", "waits")
 
     def __init__(self, descriptor: int, key: Key, pid: int, number: int) -> None:
         """`number` is the descriptor's number in process `pid`."""
@@ -26,6 +26,8 @@ class Description:
         self.pid = pid
         self.number = number
         self.waits = 0
+        # How many calls were told that they have the lock.
+        self.answers = 0
         # While the lock is held: since when (seconds since the epoch), and the process that took it.
         self.since = 0.0
         self.taker = 0

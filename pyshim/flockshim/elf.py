@@ -5,6 +5,10 @@ import stat
 
 from flockshim import FlockshimError, launch
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Optional
+
 MAGIC = b"\x7fELF"
 
 HEAD_SIZE = 4096  # holds the headers of nearly every program, and is one page to read
@@ -25,38 +29,38 @@ MAX_NOTES = 65536
 GO_NOTE = b"\4\0\0\0Go\0\0"
 GO_SECTION = b".gopclntab\0"
 
-NO_SHIM = "so the lock shim cannot work in it: "
+
+class UnreachableError(FlockshimError):
+    """The preload library does not get into a program, but a supervisor would."""
+
+    def __init__(self, why: str, advice: str) -> None:
+        """Take the program and what it is, and what to do where there is no supervisor either."""
+        super().__init__(f"{why}, so the lock shim cannot work in it: use --via seccomp")
+        self.why = why
+        self.advice = advice
 
 
-def why_unreachable(fd: int, head: bytes) -> str:
-    """Return why the preload library does not get into this program, and what to do; else ``""``.
+def why_unreachable(fd: int, head: bytes) -> "Optional[tuple[str, str]]":
+    """Return why the preload library does not get into this program, and what to use instead; else ``None``.
 
     :param fd: the open file.
     :param head: its first ``HEAD_SIZE`` bytes, or all of them.
     :raises ValueError: when the kernel could not execute the file.
     """
-    privileged = why_privileged(fd)
-    if privileged:
-        return privileged
     if len(head) < 20:
         raise ValueError("truncated")
     if _target(head) != _shim_target():
         machine = _number(head[18:20])
         name = MACHINES.get(machine, f"ELF machine {machine}")
         bits = 32 if head[4] == 1 else 64
-        return (
-            f"is built for another kind of machine ({bits}-bit {name}), {NO_SHIM}"
-            "use a build for the kind that flockshim is built for"
-        )
+        kind = f"is built for another kind of machine ({bits}-bit {name})"
+        return kind, "use a build for the kind that flockshim is built for"
     kinds, notes = _program_headers(fd, head)
     if GO_NOTE in notes or (PT_INTERP in kinds and _is_go_by_section(fd, head)):
-        return (
-            f"is a Go program, which locks without the C library, {NO_SHIM}"
-            "this version of flockshim has no other way into it"
-        )
+        return "is a Go program, which locks without the C library", "there is no other way into it"
     if PT_INTERP not in kinds:
-        return f"is statically linked, {NO_SHIM}use a dynamically linked build (for uv: gnu instead of musl)"
-    return ""
+        return "is statically linked", "use a dynamically linked build (for uv: gnu instead of musl)"
+    return None
 
 
 def why_privileged(file: "int | str") -> str:

@@ -4,7 +4,7 @@
 must not end at env. What cannot be read exactly is refused, never guessed.
 """
 
-from flockshim import FlockshimError
+from flockshim.elf import UnreachableError
 
 # Options of env(1) in coreutils and BusyBox. An argument that has to follow is marked by "=".
 LONG = {
@@ -37,7 +37,7 @@ def read(words: "list[str]", path: "str | None") -> "tuple[list[str], str | None
 
     :param path: ``PATH`` as env finds it, ``None`` if unset.
     :returns: the command is empty when env starts none; the directory is ``""`` without ``-C``.
-    :raises FlockshimError: when env takes the shim away, or cannot be understood.
+    :raises UnreachableError: when env takes the shim away, or cannot be understood.
     """
     directory = ""
     words = list(words)
@@ -108,9 +108,11 @@ def _unset(name: str, path: "str | None") -> "str | None":
     return None if name == "PATH" else path
 
 
-def _refusal(what: str) -> FlockshimError:
-    return FlockshimError(f"env: {what}, so the lock shim cannot work behind it: start flockshim behind env")
+def _refusal(what: str) -> UnreachableError:
+    return UnreachableError(f"env: {what}", "start flockshim behind env")
 
 
-def _unreadable(what: str) -> FlockshimError:
-    return FlockshimError(f"env: {what}: flockshim cannot tell which program this starts: start flockshim behind env")
+def _unreadable(what: str) -> UnreachableError:
+    return UnreachableError(
+        f"env: {what}: flockshim cannot tell which program this starts", "start flockshim behind env"
+    )

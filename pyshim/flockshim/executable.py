@@ -11,6 +11,7 @@ import os
 import stat
 
 from flockshim import FlockshimError, elf
+from flockshim.elf import UnreachableError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def protected(
 
     :param cwd: directory in which *command* will start, if not the current one.
     :param envs: how many ``env`` commands led here.
-    :raises FlockshimError: when the library does not get into the program; says why and what to do.
+    :raises UnreachableError: when the library does not get into the program.
+    :raises FlockshimError: when nothing of ours could protect it: it is privileged, or cannot be read.
     :raises OSError: when the program is not found or cannot be executed.
     """
     start = find(command[0], environ, cwd)
@@ -84,6 +86,14 @@ def protected(
     if os.path.basename(path) == "env" and len(arguments) > 1:
         _check_started_by_env(arguments[1:], environ, cwd, envs)
     return result
+
+
+def is_for_shell(path: str, error: OSError) -> bool:
+    """Tell whether the shell shall run *path*, with which ``execve(2)`` failed, as ``execvp(3)`` has it."""
+    if error.errno != errno.ENOEXEC:
+        return False
+    with open(path, "rb") as file:
+        return b"\0" not in file.read(BINPRM_BUF_SIZE)
 
 
 def _check_executable(path: str, cwd: str, script: "str | None" = None) -> None:
@@ -112,18 +122,25 @@ def _head_of_reachable(path: str, cwd: str, subject: str) -> bytes:
     try:
         head = os.pread(fd, elf.HEAD_SIZE, 0)
         if head.startswith(elf.MAGIC):
-            try:
-                reason = elf.why_unreachable(fd, head)
-            except ValueError:
-                raise OSError(errno.ENOEXEC, os.strerror(errno.ENOEXEC), path) from None
-            if reason:
-                raise FlockshimError(f"{subject} {reason}")
+            _refuse_unreachable(fd, head, path, subject)
         elif b"\0" in head[:BINPRM_BUF_SIZE] and not head.startswith(b"#!"):
             # Neither a program nor text. binfmt_misc may run it, by an interpreter unknown here.
             raise OSError(errno.ENOEXEC, "Unknown executable format (name the program that runs it)", path)
         return head
     finally:
         os.close(fd)
+
+
+def _refuse_unreachable(fd: int, head: bytes, path: str, subject: str) -> None:
+    privileged = elf.why_privileged(fd)
+    if privileged:
+        raise FlockshimError(f"{subject} {privileged}")
+    try:
+        reason = elf.why_unreachable(fd, head)
+    except ValueError:
+        raise OSError(errno.ENOEXEC, os.strerror(errno.ENOEXEC), path) from None
+    if reason:
+        raise UnreachableError(f"{subject} {reason[0]}", reason[1])
 
 
 def _interpreter(head: bytes) -> "list[str]":

@@ -21,7 +21,17 @@ def find(descriptions: Iterable[Description]) -> list[int]:
     kept = [description.descriptor for description in descriptions]
     ours = {lib.native_self(), os.getppid()}
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
-    return [pid for pid in pids if pid not in ours and any(lib.native_is_open_in(one, pid) for one in kept)]
+    found = [pid for pid in pids if pid not in ours and any(lib.native_is_open_in(one, pid) for one in kept)]
+    return [pid for pid in found if not _is_supervisor(pid)]
+
+
+def _is_supervisor(pid: int) -> bool:
+    """A supervisor has a duplicate while it answers for a program; all of its programs would be stopped with it."""
+    try:
+        links = [os.readlink(f"/proc/{pid}/fd/{name}") for name in os.listdir(f"/proc/{pid}/fd")]
+    except OSError:
+        return False
+    return "anon_inode:seccomp notify" in links
 
 
 def stop(descriptions: Iterable[Description], begin: Callable[[set[int]], None] = lambda _: None) -> set[int]:

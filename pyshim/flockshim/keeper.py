@@ -58,7 +58,7 @@ class Keeper:
             self.loop,
             self.service.request,
             self.service.withdraw,
-            self.service.taken,
+            self.service.grants.taken,
             self.service.write_list,
             most,
         )

@@ -14,6 +14,7 @@ HOME = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "libflockshim.so"
 
 MODES = ("auto", "host", "cluster", "success", "fail")
+VIAS = ("auto", "preload", "seccomp")
 
 # ENOSYS, EOPNOTSUPP, ENOLCK and the kernel's ENOTSUPP, as numbers because the launcher must not pay
 # for looking up names that nobody gave.
@@ -28,6 +29,7 @@ MIN_LEASE = 3
 VARIABLES = (
     "LD_PRELOAD",
     "FLOCKSHIM_MODE",
+    "FLOCKSHIM_VIA",
     "FLOCKSHIM_ERRNO",
     "FLOCKSHIM_FORCE",
     "FLOCKSHIM_SIMULATE",
@@ -51,6 +53,7 @@ def environment(
     base: "Mapping[str, str]",
     *,
     mode: "str | None" = None,
+    via: "str | None" = None,
     errno: "str | None" = None,
     force: "bool | None" = None,
     simulate: "str | None" = None,
@@ -72,6 +75,7 @@ def environment(
         quiet = False
     sources = {
         "mode": _source(base, "mode", mode),
+        "via": _source(base, "via", via),
         "errno": _source(base, "errno", errno),
         "force": _source(base, "force", force),
         "simulate": _source(base, "simulate", simulate),
@@ -102,6 +106,13 @@ def needs_shim(environ: "Mapping[str, str]") -> bool:
     return environ["FLOCKSHIM_MODE"] != "fail" or "FLOCKSHIM_SIMULATE" in environ
 
 
+def without_shim(environ: "Mapping[str, str]") -> "dict[str, str]":
+    """Return *environ* for a program that a supervisor covers: what was preloaded besides the shim stays."""
+    rest = {name: value for name, value in environ.items() if name != "LD_PRELOAD"}
+    others = _other_preloads(environ)
+    return {**rest, "LD_PRELOAD": ":".join(others)} if others else rest
+
+
 def _variable(name: str) -> str:
     return "FLOCKSHIM_" + name.upper()
 
@@ -126,6 +137,12 @@ def _mode(label: str, text: "str | None") -> str:
     if text not in MODES:
         raise FlockshimError(f"{label}: unknown mode {text!r}: choose {', '.join(MODES)}")
     return text
+
+
+def _via(label: str, text: "str | None") -> str:
+    if text is not None and text not in VIAS:
+        raise FlockshimError(f"{label}: unknown way {text!r}: choose {', '.join(VIAS)}")
+    return "" if text in (None, "auto") else text
 
 
 def _errno(label: str, text: "str | None") -> str:
@@ -201,6 +218,7 @@ def _idle(label: str, text: "str | None") -> str:
 
 READERS: "dict[str, Callable[[str, Any], str]]" = {
     "mode": _mode,
+    "via": _via,
     "errno": _errno,
     "force": _flag,
     "simulate": _simulate,
@@ -244,6 +262,9 @@ def _preload(base: "Mapping[str, str]") -> str:
         from flockshim import preload_link
 
         library = os.path.join(preload_link.to(HOME, base.get("FLOCKSHIM_DIR", "")), LIBRARY)
-    others = base.get("LD_PRELOAD", "").replace(" ", ":").split(":")
-    kept = [entry for entry in others if entry and os.path.basename(entry) != LIBRARY]
-    return ":".join([library, *kept])
+    return ":".join([library, *_other_preloads(base)])
+
+
+def _other_preloads(environ: "Mapping[str, str]") -> "list[str]":
+    entries = environ.get("LD_PRELOAD", "").replace(" ", ":").split(":")
+    return [entry for entry in entries if entry and os.path.basename(entry) != LIBRARY]

@@ -40,10 +40,17 @@ class BusyError(Exception):
     """Somebody else holds the lock, and we shall not wait, or no longer."""
 
 
-def run(request: Request, environ: Mapping[str, str], start: Callable[[], int], say: Callable[[str], None]) -> int:
+def run(
+    request: Request,
+    environ: Mapping[str, str],
+    start: Callable[[], int],
+    begin: parent.Begin | None,
+    say: Callable[[str], None],
+) -> int:
     """Take the lock, run COMMAND by calling *start*, which becomes it, and return the exit status.
 
     :param environ: the settings, and COMMAND's environment.
+    :param begin: makes the process that becomes COMMAND, where that is more than a child; see `parent.run`.
     :param say: writes a line to standard error.
     :raises FlockshimError: when the lock cannot be had at all.
     """
@@ -57,9 +64,11 @@ def run(request: Request, environ: Mapping[str, str], start: Callable[[], int], 
     descriptor = _moved_out_of_the_way(descriptor)
     # With --inherit this is what holds the lock; else it is not lost when this process is killed and COMMAND is not.
     os.set_inheritable(descriptor, True)
-    if request.inherit:
+    if request.inherit and begin is None:
         return start()
-    status = parent.run(start)
+    status = parent.run(start, begin)
+    if request.inherit:
+        return parent.end_as(status)
     # Not by closing: what COMMAND has left running may have inherited the descriptor. A file system that has gone away
     # must not cost COMMAND its status.
     with contextlib.suppress(OSError, FlockshimError):

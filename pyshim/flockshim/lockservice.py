@@ -12,13 +12,14 @@ from flockshim import closing, holders, listing
 from flockshim._native import lib
 from flockshim.descriptions import Description, Processes, closed
 from flockshim.files import File, Files
+from flockshim.grants import Grants
 from flockshim.host import Host, Key
 from flockshim.leasing import Leasing
 from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
 from flockshim.patience import Patience
 from flockshim.programs import Connection
-from flockshim.undecided import GRANT_SECONDS, UNDECIDED_SECONDS, Undecided
+from flockshim.undecided import UNDECIDED_SECONDS, Undecided
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class LockService:
         self._journal = journal
         self.undecided = Undecided(self)
         self.leasing = Leasing(self, loop, rendezvous.directory)
-        self._grants: dict[Connection, float] = {}
+        self.grants = Grants(self)
         self.patience = Patience(loop, self._tell_waiting, self._time_out)
         if self._host.fileno() >= 0:
             # Before programs: what a neighbour did before a program asked must be known by then.
@@ -145,13 +146,18 @@ class LockService:
     ) -> None:
         if file.lock.conflicts(description, exclusive):
             self._check_holders([holder for holder in file.lock.holders if holder is not description])
+        held = file.lock.holders.get(description)
         outcome = file.lock.request(description, exclusive, blocking, connection, time.monotonic())
         if outcome == GRANTED:
             self.processes.add(connection.pid, description)
-            self._confirm(description)
+            self.grants.confirm(description)
+            description.answers += 1
             if file.lock.queue:
                 self.settle(file)
-            connection.answer(0)
+            if held == exclusive and connection.is_supervised:
+                connection.answer_held()
+            else:
+                connection.answer(0)
         elif outcome == REFUSED:
             elsewhere = self.files.leases is not None and self.files.leases.is_refused(file.key)
             if elsewhere or self.is_refused(file, description, exclusive):
@@ -171,44 +177,19 @@ class LockService:
 
     def is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
         """Return whether a holder of ours is in the way, and surely holds."""
-        unsure = {connection.granted for connection in self._grants}
-        return file.lock.conflicts(description, exclusive) and unsure.isdisjoint(file.lock.holders)
+        return file.lock.conflicts(description, exclusive) and self.grants.unsure().isdisjoint(file.lock.holders)
 
     def withdraw(self, connection: Connection) -> None:
         """The program has given up waiting, or has died; `programs` has forgotten it."""
         waiter = connection.waiter
         if waiter is None:
-            self._take_back(connection)
+            self.grants.take_back(connection)
             return
         file = self.files[waiter.owner.key]
         file.lock.withdraw(waiter)
         self._stop_waiting(connection)
         self.forget_if_unused(file, waiter.owner)
         self.settle(file)
-
-    def taken(self, connection: Connection) -> None:
-        """A grant has reached its program."""
-        description = connection.granted
-        connection.granted = None
-        del self._grants[connection]
-        file = self.files.get(description.key) if description else None
-        if file and file.undecided:
-            self.undecided.retry(file)
-
-    def _confirm(self, description: Description) -> None:
-        """Who asks again for what it was granted has lost its connection, not its interest."""
-        for connection in [c for c in self._grants if c.granted is description]:
-            self.taken(connection)
-
-    def _take_back(self, connection: Connection) -> None:
-        """A grant has not reached its program: the call has been left by longjmp, exec or death."""
-        description = connection.granted
-        file = self.files.get(description.key) if description else None
-        if file and description and file.lock.release(description):
-            self.forget_if_unused(file, description)
-        self.taken(connection)
-        if file:
-            self.settle(file)
 
     def _stop_waiting(self, connection: Connection) -> None:
         assert connection.waiter
@@ -303,9 +284,7 @@ class LockService:
             connection = waiter.context
             self._stop_waiting(connection)
             self.processes.add(connection.pid, waiter.owner)
-            connection.granted = waiter.owner
-            self._grants[connection] = time.monotonic()
-            connection.grant()
+            self.grants.add(connection, waiter)
 
     def _fail_first(self, file: File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""
@@ -339,9 +318,7 @@ class LockService:
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptions closed without unlocking."""
         self._check_holders(self.files.holders())
-        for connection, since in list(self._grants.items()):
-            if now - since >= GRANT_SECONDS:
-                self._look_after_grant(connection)
+        self.grants.look(now)
         for file in list(self.files.values()):
             self.settle(file, insist=True)
             self.undecided.decide(file, now)
@@ -357,15 +334,6 @@ class LockService:
         self.patience.look(now)
         if self.files.leases:
             self.files.leases.runner.look(now)
-
-    def _look_after_grant(self, connection: Connection) -> None:
-        """The program may be stopped: others go on, and it asks again when it is continued."""
-        self.programs.forget(connection)
-        if self.programs.is_taken(connection):
-            self.taken(connection)
-        else:
-            self._take_back(connection)
-        lib.native_close(connection.descriptor)
 
     def write_list(self, descriptor: int) -> None:
         """Write who holds and who waits into a file; see `listing`."""

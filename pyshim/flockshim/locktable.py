@@ -23,7 +23,7 @@ WAITING = 2
 class Waiter:
     """A blocking request that could not be granted at once."""
 
-    __slots__ = ("context", "exclusive", "owner", "since")
+    __slots__ = ("changed", "context", "exclusive", "owner", "since")
 
     def __init__(self, owner: Any, exclusive: bool, context: Any, since: float) -> None:
         """Note the description, the mode asked for, the caller's own `context` for the answer, and the time."""
@@ -31,6 +31,8 @@ class Waiter:
         self.exclusive = exclusive
         self.context = context
         self.since = since
+        # Once granted: whether the owner did not hold just that already.
+        self.changed = True
 
 
 class FileLock:
@@ -107,6 +109,7 @@ class FileLock:
                 self._lose(waiter.owner)
             if held != waiter.exclusive and not self._try(waiter.owner, waiter.exclusive, False):
                 break
+            waiter.changed = held != waiter.exclusive
             self.queue.popleft()
             served.append(waiter)
         if overdue is not None and self.holders:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn, Protocol
 
+    Begin = Callable[[Callable[[], NoReturn]], "Child"]
+
     class Child(Protocol):
         """COMMAND's process."""
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
         def status(self) -> int | None:
             """Return what ``waitpid(2)`` with WNOHANG and WUNTRACED does, or None where nothing has changed."""
+
 
 # siginfo's si_code of what no process has sent: sigaction(2), SI_KERNEL.
 FROM_KERNEL = 0x80
@@ -60,10 +63,10 @@ class ForkedChild:
         return status if pid else None
 
 
-def run(start: Callable[[], int], begin: Callable[[Callable[[], NoReturn]], Child] = ForkedChild) -> int:
+def run(start: Callable[[], int], begin: Begin | None = None) -> int:
     """Call *start* in a child, where it becomes COMMAND, and wait for that; return its status as ``waitpid(2)`` does.
 
-    The child is begun by *begin*, with a function that calls *start* and does not return.
+    The child is made by *begin*, which is given a function that calls *start* and does not return.
 
     What *start* returns where it did not become COMMAND is the child's exit status. Meanwhile signals sent to this
     process are handed on, and it is stopped and continued with the child. Signals are blocked from then on: COMMAND
@@ -84,7 +87,7 @@ def run(start: Callable[[], int], begin: Callable[[Callable[[], NoReturn]], Chil
         finally:
             os._exit(status)
 
-    child = begin(become)
+    child = (begin or ForkedChild)(become)
     while True:
         info = signal.sigwaitinfo(handled)
         if info.si_signo == signal.SIGCHLD:

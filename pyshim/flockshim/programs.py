@@ -24,22 +24,41 @@ STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 class Connection:
     """A program that waits for an answer."""
 
-    __slots__ = ("descriptor", "flags", "granted", "pid", "timeout", "waiter")
+    __slots__ = (
+        "answers",
+        "changed",
+        "descriptor",
+        "flags",
+        "granted",
+        "is_supervised",
+        "pid",
+        "timeout",
+        "waiter",
+    )
 
     def __init__(self, descriptor: int, pid: int) -> None:
         """`pid` is the process that connected."""
         self.descriptor = descriptor
         self.pid = pid
         self.flags = 0
+        # A supervisor asks, for process `pid`.
+        self.is_supervised = False
         # Milliseconds that it will wait; negative: for ever.
         self.timeout = -1
         # The description that got the lock after a wait, until the program has said that it is still there.
         self.granted: Description | None = None
+        # Whether that has changed what the description holds, and how many calls of it had been answered.
+        self.changed = False
+        self.answers = 0
         self.waiter: Waiter | None = None
 
     def answer(self, error: int) -> None:
         """Give the errno with which the program's call ends, or 0."""
         lib.native_answer(self.descriptor, KIND_ANSWER, error, b"")
+
+    def answer_held(self) -> None:
+        """Say that the description held just that already: should the program be gone, nothing is to be given back."""
+        lib.native_answer(self.descriptor, lib.KIND_HELD, 0, b"")
 
     def grant(self) -> None:
         """Tell a program that waited that the lock is its own."""
@@ -177,6 +196,9 @@ class Programs:
             return
         connection.flags = body.flags
         connection.timeout = body.timeout
+        if body.pid:
+            connection.pid = body.pid
+            connection.is_supervised = True
         self._request(
             connection,
             body.operation,

@@ -1,9 +1,9 @@
 """``--via seccomp``: the process that answers the lock calls of COMMAND and of all that it starts.
 
-The launcher starts the supervisor, and that starts COMMAND, so that it is an ancestor of all whose descriptors it has
-to duplicate (Yama allows no others, ``ptrace_scope`` in the kernel's documentation). It takes in those whose own parents
-have ended, and ends when nobody is left: so whatever COMMAND leaves running stays covered. The lock calls themselves are
-the matter of ``shim/supervise.c``; this is about processes.
+The launcher starts the supervisor, and that starts COMMAND, so that it is an ancestor of all whose descriptors it must
+duplicate (Yama allows no others: ``ptrace_scope`` in the kernel's documentation). It takes in those whose own parents
+have ended, and ends when nobody is left, so whatever COMMAND leaves running stays covered. The lock calls themselves
+are the matter of ``shim/supervise.c``; this is about processes.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import fcntl
 import os
 import signal
 import socket
-import sys
 import zlib
 from typing import TYPE_CHECKING
 
-from flockshim import FlockshimError, launch
-from flockshim._native import ffi, lib
+from flockshim._native import lib
 from flockshim.locking import Locker
 
 if TYPE_CHECKING:
@@ -36,12 +34,14 @@ ANSWERS = ("MODE", "ERRNO", "FORCE", "SIMULATE", "TIMEOUT", "LEASE", "ON_LOST", 
 class SupervisedChild:
     """COMMAND, as the launcher sees it through the supervisor: see `parent.Child`."""
 
-    def __init__(self, environ: Mapping[str, str], become: Callable[[], NoReturn]) -> None:
+    def __init__(self, environ: Mapping[str, str], become: Callable[[], NoReturn], say: Callable[[str], None]) -> None:
         """Start supervisor and COMMAND.
 
         :param environ: the settings.
-        :raises FlockshimError: when the kernel, or who confines us, does not permit it; says what.
+        :param say: writes a line to standard error.
+        :raises RefusedError: when the kernel, or who confines us, does not permit it; says what.
         """
+        self._say = say
         # Should the supervisor be killed, COMMAND becomes a child of this process.
         lib.native_become_subreaper()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -57,7 +57,7 @@ class SupervisedChild:
         word, text = self._receive()
         if word != STARTED:
             os.waitpid(self._supervisor, 0)
-            raise FlockshimError(text or "the supervisor has ended before COMMAND was started")
+            raise RefusedError(text or "the supervisor has ended before COMMAND was started")
         self.pid = int(text)
         self._have_changes_signalled()
 
@@ -72,7 +72,7 @@ class SupervisedChild:
                 return int(text)
             if self._alive:
                 return None
-            sys.stderr.write("flockshim: the supervisor was killed: lock calls of COMMAND fail from now on\n")
+            self._say("the supervisor was killed: the lock calls of COMMAND fail from now on")
         pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
         return status if pid else None
 
@@ -104,7 +104,7 @@ class SupervisedChild:
                 os.waitpid(self._supervisor, 0)
 
 
-class _RefusedError(Exception):
+class RefusedError(Exception):
     """What keeps COMMAND from being supervised."""
 
 
@@ -134,7 +134,7 @@ class _Supervisor:
         theirs.close()
         try:
             self._begin(ours)
-        except _RefusedError as refused:
+        except RefusedError as refused:
             self._tell(FAILED, str(refused))
             os.kill(self._command, signal.SIGKILL)
             os._exit(125)
@@ -144,21 +144,21 @@ class _Supervisor:
     def _begin(self, command: socket.socket) -> None:
         number = _number_from(command)
         if number < 0:
-            raise _RefusedError(_why_no_filter(-number))
+            raise RefusedError(_why_no_filter(-number))
         listener = lib.native_pidfd_getfd(self._command, number)
         if listener < 0:
-            raise _RefusedError(_why_no_descriptor(-listener))
+            raise RefusedError(_why_no_descriptor(-listener))
         self._let_go_of_everything(listener, command)
         error = lib.native_supervise(self._locker.config, listener, self._mark)
         if error < 0:
-            raise _RefusedError(f"no thread can be started ({os.strerror(-error)}): raise the limit (ulimit -u)")
+            raise RefusedError(f"no thread can be started ({os.strerror(-error)}): raise the limit (ulimit -u)")
         command.send(b"go")
         if _number_from(command) != self._mark:
-            raise _RefusedError("another filter answers lock calls itself: an outer flockshim, or a container's")
+            raise RefusedError("another filter answers lock calls itself: an outer flockshim, or a container's")
         command.close()
 
     def _let_go_of_everything(self, listener: int, command: socket.socket) -> None:
-        """Whoever reads the other end of a pipe waits for its last writer; and a directory in use cannot be unmounted."""
+        """Who reads the other end of a pipe waits for its last writer, and a directory in use cannot be unmounted."""
         os.chdir("/")
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         os.dup2(nothing, 0)
@@ -180,7 +180,7 @@ class _Supervisor:
             except ChildProcessError:
                 os._exit(0)
             assert info
-            if info.si_pid == self._command and info.si_code != os.CLD_STOPPED and info.si_code != os.CLD_TRAPPED:
+            if info.si_pid == self._command and info.si_code not in (os.CLD_STOPPED, os.CLD_TRAPPED):
                 self._end_of_command()
                 continue
             pid, status = os.waitpid(info.si_pid, os.WUNTRACED)
@@ -213,9 +213,10 @@ def mark(environ: Mapping[str, str]) -> int:
     return zlib.crc32("\0".join(settings).encode(errors="surrogateescape")) & 0x3FFFFFFF | 1
 
 
-def is_supervised_alike(environ: Mapping[str, str]) -> bool:
-    """Return whether this process's lock calls reach a supervisor that has the settings of *environ* already."""
-    return bool(lib.native_ping_supervisor() == mark(environ))
+def is_supervised(environ: Mapping[str, str]) -> bool | None:
+    """Return whether a supervisor of ours covers this process, with the settings of *environ*; None: no supervisor."""
+    answer = lib.native_ping_supervisor()
+    return None if answer < 0 else bool(answer == mark(environ))
 
 
 def _confine(supervisor: socket.socket, own_mark: int) -> None:
@@ -233,13 +234,13 @@ def _confine(supervisor: socket.socket, own_mark: int) -> None:
 def _number_from(command: socket.socket) -> int:
     text = command.recv(16)
     if not text:
-        raise _RefusedError("COMMAND's process has ended")
+        raise RefusedError("COMMAND's process has ended")
     return int(text)
 
 
 def _why_no_filter(error: int) -> str:
     if error == errno.EBUSY:
-        return "a supervisor is there already (a container's, or an outer flockshim with other settings), and there can be but one"
+        return "there can be but one supervisor: an outer flockshim's with other settings is there, or a container's"
     if error in (errno.ENOSYS, errno.EINVAL):
         return "this kernel has no seccomp user notification (Linux 5.0, CONFIG_SECCOMP_FILTER)"
     return f"seccomp(2) is refused here: {os.strerror(error)}"
@@ -254,11 +255,8 @@ def _why_no_descriptor(error: int) -> str:
 def confine_and_answer(error: int) -> None:
     """Have all lock calls of this process, and of all that it starts, answered with an errno or 0.
 
-    :raises FlockshimError: where seccomp(2) is refused.
+    :raises RefusedError: where seccomp(2) is refused.
     """
     result = lib.native_answer_lock_calls(error)
     if result < 0:
-        raise FlockshimError(_why_no_filter(-result))
-
-
-_ = ffi
+        raise RefusedError(_why_no_filter(-result))

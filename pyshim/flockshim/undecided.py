@@ -71,4 +71,5 @@ class Undecided:
             self._service.forget_if_unused(file, description)
         else:
             self._service.processes.add(connection.pid, description)
+            description.answers += 1
         connection.answer(error)

@@ -1,0 +1,87 @@
+"""Locks that were granted after a wait, until their programs have said that they are still there."""
+
+from __future__ import annotations
+
+import time
+
+from flockshim._native import lib
+from flockshim.undecided import GRANT_SECONDS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from flockshim.descriptions import Description
+    from flockshim.lockservice import LockService
+    from flockshim.locktable import Waiter
+    from flockshim.programs import Connection
+
+
+class Grants:
+    """Those of a lock service."""
+
+    def __init__(self, service: LockService) -> None:
+        """Serve its files."""
+        self._service = service
+        self._since: dict[Connection, float] = {}
+
+    def add(self, connection: Connection, waiter: Waiter) -> None:
+        """A request has been granted."""
+        connection.granted = waiter.owner
+        connection.changed = waiter.changed
+        connection.answers = waiter.owner.answers
+        self._since[connection] = time.monotonic()
+        connection.grant()
+
+    def unsure(self) -> set[Description | None]:
+        """Return the descriptions that may not hold after all."""
+        return {connection.granted for connection in self._since}
+
+    def taken(self, connection: Connection) -> None:
+        """A grant has reached its program."""
+        if connection.granted:
+            connection.granted.answers += 1
+        self._end(connection)
+
+    def confirm(self, description: Description) -> None:
+        """Who asks again for what it was granted has lost its connection, not its interest."""
+        for connection in self._of(description):
+            self.taken(connection)
+
+    def take_back(self, connection: Connection) -> None:
+        """A grant has not reached its program: the call has been left by longjmp, exec or death.
+
+        Nobody else may lose by that who locks the same description: another thread, or the same program once more.
+        """
+        description = connection.granted
+        file = self._service.files.get(description.key) if description else None
+        if file and description:
+            others = [other for other in self._of(description) if other is not connection]
+            if others:
+                others[0].changed |= connection.changed
+            elif connection.changed and connection.answers == description.answers and file.lock.release(description):
+                self._service.forget_if_unused(file, description)
+        self._end(connection)
+        if file:
+            self._service.settle(file)
+
+    def look(self, now: float) -> None:
+        """The program may be stopped: others go on, and it asks again when it is continued."""
+        programs = self._service.programs
+        for connection, since in list(self._since.items()):
+            if now - since >= GRANT_SECONDS:
+                programs.forget(connection)
+                if programs.is_taken(connection):
+                    self.taken(connection)
+                else:
+                    self.take_back(connection)
+                lib.native_close(connection.descriptor)
+
+    def _of(self, description: Description) -> list[Connection]:
+        return [connection for connection in self._since if connection.granted is description]
+
+    def _end(self, connection: Connection) -> None:
+        description = connection.granted
+        connection.granted = None
+        del self._since[connection]
+        file = self._service.files.get(description.key) if description else None
+        if file and file.undecided:
+            self._service.undecided.retry(file)
