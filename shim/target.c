@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -57,12 +58,26 @@ static pid_t process_of(pid_t tid) {
     return pid;
 }
 
-/* Threads may have tables of descriptors of their own: unshare(2), CLONE_FILES. */
-static int has_table_of(pid_t tid, pid_t pid) {
-    return syscall(SYS_kcmp, tid, pid, KCMP_FILES, 0, 0) == 0;
+static int stat_descriptor(pid_t pid, int number, struct stat *status) {
+    char path[64];
+
+    snprintf(path, sizeof path, "/proc/%d/fd/%d", pid, number);
+    return stat(path, status);
 }
 
-static int open_handle(struct target *target, pid_t tid) {
+/* Threads may have tables of descriptors of their own: unshare(2), CLONE_FILES. Where kcmp(2) is
+ * forbidden it must do that the number is of the same file in both. */
+static int has_table_of(pid_t tid, pid_t pid, int number) {
+    long order = syscall(SYS_kcmp, tid, pid, KCMP_FILES, 0, 0);
+    struct stat one, other;
+
+    if (order >= 0)
+        return order == 0;
+    return stat_descriptor(tid, number, &one) == 0 && stat_descriptor(pid, number, &other) == 0 &&
+           one.st_dev == other.st_dev && one.st_ino == other.st_ino;
+}
+
+static int open_handle(struct target *target, pid_t tid, int number) {
     int handle = (int)syscall(SYS_pidfd_open, tid, 0);
 
     if (handle >= 0) {
@@ -77,14 +92,14 @@ static int open_handle(struct target *target, pid_t tid) {
     handle = (int)syscall(SYS_pidfd_open, tid, PIDFD_THREAD);
     if (handle >= 0)
         return handle;
-    if (!has_table_of(tid, target->pid))
+    if (!has_table_of(tid, target->pid, number))
         return -ENOTSUP;
     handle = (int)syscall(SYS_pidfd_open, target->pid, 0);
     return handle < 0 ? -errno : handle;
 }
 
 void target_open(struct target *target, pid_t tid, int number) {
-    int handle = open_handle(target, tid);
+    int handle = open_handle(target, tid, number);
 
     target->number = number;
     target->descriptor = handle;

@@ -2,10 +2,11 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional, Union
 
-from flockshim import executable, launch
+from flockshim import FlockshimError, elf, executable, launch
 
 Command = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 
@@ -57,6 +58,7 @@ def run(
     args: Union[Command, Sequence[Command]],
     *,
     mode: Optional[str] = None,
+    via: Optional[str] = None,
     errno: Union[str, Iterable[Union[str, int]], None] = None,
     force: Optional[bool] = None,
     simulate: Optional[str] = None,
@@ -71,11 +73,13 @@ def run(
     The settings are those of :func:`environ`, built on *env*; every other argument is that of
     ``subprocess.run``.
 
-    :raises FlockshimError: for a wrong setting, or a program that the preload library cannot reach
-        (static, Go, set-uid, …), which is not started then.
+    :param via: how the program is reached: ``"preload"``, ``"seccomp"`` (by a supervisor, also what the preload
+        library cannot reach: static and Go programs) or ``"auto"`` (default).
+    :raises FlockshimError: for a wrong setting, or a program that cannot be protected, which is not started then.
     :raises OSError: when the program is not found or cannot be executed, and as ``subprocess.run``
         does.
     """
+    base = os.environ if env is None else env
     environment = environ(
         mode=mode,
         errno=errno,
@@ -84,12 +88,38 @@ def run(
         lock_timeout=lock_timeout,
         quiet=quiet,
         verbose=verbose,
-        base=env,
+        base=base if via is None else {**base, "FLOCKSHIM_VIA": via},
     )
-    if launch.needs_shim(environment):
-        command = _started(args, subprocess_kwargs)
-        executable.protected(command, environment, os.fsdecode(subprocess_kwargs.get("cwd") or ""))
+    cwd = os.fsdecode(subprocess_kwargs.get("cwd") or "")
+    if launch.needs_shim(environment) and _needs_launcher(_started(args, subprocess_kwargs), environment, cwd):
+        args = _launcher_for(args, subprocess_kwargs)
     return subprocess.run(args, env=environment, check=subprocess_kwargs.pop("check", False), **subprocess_kwargs)
+
+
+def _needs_launcher(command: list[str], environment: Mapping[str, str], cwd: str) -> bool:
+    """Return whether the environment alone does not do."""
+    via = environment.get("FLOCKSHIM_VIA")
+    if via == "seccomp":
+        return True
+    try:
+        executable.protected(command, environment, cwd)
+    except elf.UnreachableError:
+        if via == "preload":
+            raise
+        return True
+    return False
+
+
+def _launcher_for(args: Union[Command, Sequence[Command]], subprocess_kwargs: dict[str, Any]) -> list[Command]:
+    """Return the words that have the ``flockshim`` command run *args*, whatever the program's environment is."""
+    if subprocess_kwargs.get("executable") is not None and not subprocess_kwargs.get("shell"):
+        raise FlockshimError("executable= and a supervisor exclude each other: name the program in args")
+    words = [args] if isinstance(args, (str, bytes, os.PathLike)) else list(args)
+    if subprocess_kwargs.pop("shell", False):
+        words = [subprocess_kwargs.pop("executable", None) or "/bin/sh", "-c", *words]
+    root = os.path.dirname(launch.HOME)
+    start = f"import sys; sys.path.append({root!r}); from flockshim.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", start, "--", *words]
 
 
 def _started(args: Union[Command, Sequence[Command]], subprocess_kwargs: dict[str, Any]) -> list[str]:
