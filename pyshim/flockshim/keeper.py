@@ -18,10 +18,9 @@ if __name__ == "__main__":
 
         site.main()
 
-import resource
 import signal
 
-from flockshim import closing, standby
+from flockshim import closing, limits, standby
 from flockshim.aliveness import keeper_of_path
 from flockshim.host import Key, key_of_path
 from flockshim.journal import Journal
@@ -34,7 +33,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-MAX_DESCRIPTORS = 65536
 RESERVE = 32
 DEFAULT_IDLE_SECONDS = 10.0
 OTHERS_SECONDS = 5.0
@@ -141,17 +139,6 @@ def _open_descriptors(capacity: int) -> Iterable[int]:
         return range(capacity)
 
 
-def _raise_limits() -> int:
-    """Take what the hard limits allow, so that a program's own soft limits don't end its keeper."""
-    for limit in (resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA):
-        hard = resource.getrlimit(limit)[1]
-        resource.setrlimit(limit, (hard, hard))
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    soft = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return soft
-
-
 def _ignore_signals() -> None:
     """Batch systems signal all processes of a job, for the programs, which may need their locks for cleaning up."""
     faults = ("SEGV", "BUS", "FPE", "ILL", "ABRT", "TRAP", "SYS")
@@ -166,7 +153,7 @@ def main() -> None:
     directory, key = sys.argv[1:3]
     os.umask(0o077)
     _ignore_signals()
-    journal = Journal(_raise_limits())
+    journal = Journal(limits.raise_to_hard())
     idle_seconds = float(os.environ.get("FLOCKSHIM_IDLE") or DEFAULT_IDLE_SECONDS)
     parent = standby.split(first=True)
     while True:

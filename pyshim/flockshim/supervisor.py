@@ -17,6 +17,7 @@ import socket
 import zlib
 from typing import TYPE_CHECKING
 
+from flockshim import limits
 from flockshim._native import lib
 from flockshim.locking import Locker
 
@@ -73,8 +74,13 @@ class SupervisedChild:
             if self._alive:
                 return None
             self._say("the supervisor was killed: the lock calls of COMMAND fail from now on")
-        pid, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
-        return status if pid else None
+        return self._wait_as_parent()
+
+    def _wait_as_parent(self) -> int | None:
+        while True:
+            pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            if pid in (0, self.pid):
+                return status if pid else None
 
     def _receive(self, flags: int = 0) -> tuple[str, str]:
         try:
@@ -149,6 +155,7 @@ class _Supervisor:
         if listener < 0:
             raise RefusedError(_why_no_descriptor(-listener))
         self._let_go_of_everything(listener, command)
+        limits.raise_to_hard()
         error = lib.native_supervise(self._locker.config, listener, self._mark)
         if error < 0:
             raise RefusedError(f"no thread can be started ({os.strerror(-error)}): raise the limit (ulimit -u)")
@@ -183,7 +190,8 @@ class _Supervisor:
             if info.si_pid == self._command and info.si_code not in (os.CLD_STOPPED, os.CLD_TRAPPED):
                 self._end_of_command()
                 continue
-            pid, status = os.waitpid(info.si_pid, os.WUNTRACED)
+            # It may run again by now.
+            pid, status = os.waitpid(info.si_pid, os.WUNTRACED | os.WNOHANG)
             if pid == self._command:
                 self._tell(STOPPED, str(status))
 
