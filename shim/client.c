@@ -85,8 +85,9 @@ static enum outcome lose(struct call *call, int cancelled) {
     return LOST;
 }
 
-/* The connection is closed without a word, which withdraws the request. */
+/* The connection is closed thereafter. */
 static enum outcome leave(struct call *call) {
+    send_word(call, KIND_CANCEL);
     call->interrupted = 1;
     return REFUSED;
 }
@@ -130,7 +131,7 @@ static long receive_soon(struct call *call) {
 
 /* Whether nobody is there any more to be answered. */
 static int is_gone(const struct call *call) {
-    return call->wait->gone && call->wait->gone(call->wait->context);
+    return call->wait->gone && call->wait->gone(call->wait->call);
 }
 
 /* How long our own callers wait for a keeper that may be stopped, in milliseconds: it should have
@@ -173,6 +174,24 @@ static long receive_with_patience(struct call *call) {
     return result;
 }
 
+static void tell_waited(const struct call *call) {
+    if (call->told)
+        report_waited(call->config, call->descriptor,
+                      (now_in_nanoseconds() - call->begin) / NANOSECONDS_IN_A_SECOND);
+}
+
+/* The keeper keeps the lock for the program until we say what has become of it: should we be killed
+ * in between, the program may have heard of it. */
+static enum outcome deliver(struct call *call) {
+    tell_waited(call);
+    call->told = 0;
+    if (call->wait->deliver(call->wait->call) == 0) {
+        send_word(call, KIND_TAKEN);
+        return ANSWERED;
+    }
+    return leave(call);
+}
+
 /* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
  * interruption the keeper has the last word, since it may have granted the lock just before. */
 static enum outcome receive_answer(struct call *call) {
@@ -208,14 +227,13 @@ static enum outcome receive_answer(struct call *call) {
             call->request.flags &= ~FLAG_TELL;
             continue;
         }
-        if (call->answer.kind == KIND_GRANT && is_gone(call))
-            return leave(call);
+        if (call->answer.kind == KIND_GRANT && call->wait->deliver)
+            return deliver(call);
         /* The lock is ours only if the keeper learns that we are still here: a call that was left
          * by longjmp(3) or exec, or is stopped, must not be served. */
         if (call->answer.kind == KIND_GRANT && send_word(call, KIND_TAKEN) < 0)
             return is_same_file(call) ? lose(call, cancelled) : ANSWERED;
         call->wait->timed_out = call->answer.kind == KIND_TIMEOUT;
-        call->wait->unchanged = call->answer.kind == KIND_HELD;
         if (call->answer.kind == KIND_REFUSAL || call->answer.kind == KIND_TIMEOUT)
             return refuse(call, call->answer.text);
         return call->answer.kind == KIND_REDIRECT ? REDIRECTED : ANSWERED;
@@ -354,8 +372,7 @@ int client_flock(const struct config *config, struct client_wait *wait, int desc
         return -EINTR;
     if (outcome == REFUSED)
         note_refusal(&call);
-    else if (call.told && !call.answer.error)
-        report_waited(config, descriptor,
-                      (now_in_nanoseconds() - call.begin) / NANOSECONDS_IN_A_SECOND);
+    else if (!call.answer.error)
+        tell_waited(&call);
     return -call.answer.error;
 }

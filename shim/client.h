@@ -12,9 +12,10 @@ struct client_wait {
     int cancel; /* a descriptor that is readable when the wait shall end as by a signal; or -1 */
     int pid;    /* for which program a supervisor asks; 0: for this one */
     int number; /* of the descriptor in that program */
-    int (*gone)(void *context); /* whether that program's call has ended by a signal; or NULL */
-    void *context;
-    int unchanged;               /* out: the supervised program held just that lock before */
+    int (*gone)(void *call); /* of a supervisor, else NULL: whether the program's call has ended */
+    int (*deliver)(void *call); /* tells the program that it has the lock: 0, or it has gone. Closes
+                                   the descriptor */
+    void *call;
     int timed_out;               /* out: the timeout is over; the refusal is who holds the lock */
     char refusal[PROTOCOL_TEXT]; /* out: why the protection cannot be given, or empty */
 };

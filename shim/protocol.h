@@ -21,11 +21,11 @@ enum protocol_kind {
     KIND_REFUSAL = 4,  /* the protection cannot be given; text says why */
     KIND_REDIRECT = 5, /* another keeper has this description; text is its key */
     KIND_WAITING = 6,  /* not yet; text is who holds the lock. Only where FLAG_TELL asks for it */
-    KIND_GRANT = 7, /* granted after a wait, if the program is still there: it answers KIND_TAKEN */
+    KIND_GRANT = 7, /* granted after a wait, or to a supervised program, if that is still there: it
+                       answers KIND_TAKEN; a supervisor else KIND_CANCEL */
     KIND_TAKEN = 8,
     KIND_TIMEOUT = 9, /* a refusal: the timeout is over; text is who holds the lock */
     KIND_LIST = 10,   /* write who holds and who waits, as JSON, to the descriptor attached */
-    KIND_HELD = 11,   /* for a supervisor, instead of an answer with error 0: it held that before */
 };
 
 struct protocol_request {

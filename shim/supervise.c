@@ -21,7 +21,6 @@
 
 #define STACK_SIZE (256 * 1024)
 #define MAX_IDLE 4
-#define SLOTS 64
 
 static struct {
     const struct config *config;
@@ -31,25 +30,28 @@ static struct {
     int blamed; /* the user was told that a program cannot be looked into */
 } supervisor;
 
-/* The calls on one file, or on several with the same place: how many there were. A call whose
- * program has gone gives back what it got, but not after another call that may rest on it. */
-static struct {
-    pthread_mutex_t mutex;
-    unsigned turn;
-} slots[SLOTS];
-
 struct lock_call {
     const struct notification *notification;
     struct target target;
     struct stat status;
     int operation;
     int may_wait;
-    unsigned turn;
+    int delivered;
+    struct lock_call *next; /* in `at_kernel` */
 };
 
-static int is_gone(void *notification) {
-    return ioctl(supervisor.listener, NOTIFY_IS_VALID, &((struct notification *)notification)->id) <
-           0;
+/* The calls for which the kernel is being asked: one for a file at a time. Should its program be
+ * gone, a call gives back what it got before anybody else can have been misled by it. */
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t left;
+    struct lock_call *first;
+} at_kernel = {.mutex = PTHREAD_MUTEX_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
+
+static int is_gone(void *lock_call) {
+    const struct lock_call *call = lock_call;
+
+    return ioctl(supervisor.listener, NOTIFY_IS_VALID, &call->notification->id) < 0;
 }
 
 /* 0, or -ENOENT where the call has ended by a signal. */
@@ -66,16 +68,36 @@ static void leave_to_kernel(const struct lock_call *call) {
     reply(call, 0, NOTIFY_CONTINUE);
 }
 
-static size_t slot_of(const struct lock_call *call) {
-    return (call->status.st_dev ^ call->status.st_ino) % SLOTS;
+static int is_same_file(const struct stat *one, const struct stat *other) {
+    return one->st_ino == other->st_ino && one->st_dev == other->st_dev;
 }
 
-static void take_turn(struct lock_call *call) {
-    size_t slot = slot_of(call);
+static int is_file_busy(const struct lock_call *call) {
+    for (const struct lock_call *other = at_kernel.first; other; other = other->next) {
+        if (is_same_file(&other->status, &call->status))
+            return 1;
+    }
+    return 0;
+}
 
-    pthread_mutex_lock(&slots[slot].mutex);
-    call->turn = ++slots[slot].turn;
-    pthread_mutex_unlock(&slots[slot].mutex);
+static void enter_kernel(struct lock_call *call) {
+    pthread_mutex_lock(&at_kernel.mutex);
+    while (is_file_busy(call))
+        pthread_cond_wait(&at_kernel.left, &at_kernel.mutex);
+    call->next = at_kernel.first;
+    at_kernel.first = call;
+    pthread_mutex_unlock(&at_kernel.mutex);
+}
+
+static void leave_kernel(const struct lock_call *call) {
+    struct lock_call **place = &at_kernel.first;
+
+    pthread_mutex_lock(&at_kernel.mutex);
+    while (*place != call)
+        place = &(*place)->next;
+    *place = call->next;
+    pthread_cond_broadcast(&at_kernel.left);
+    pthread_mutex_unlock(&at_kernel.mutex);
 }
 
 /* Whether the kernel has a flock(2) lock of this description: proc(5), fdinfo. File systems that
@@ -95,36 +117,63 @@ static int kernel_has_locked(int descriptor) {
     return strstr(info, ": FLOCK ") != NULL;
 }
 
-static int unlock_by_kernel(int descriptor) {
-    return kernel_has_locked(descriptor) == 1 ? (int)sys2(SYS_flock, descriptor, LOCK_UN) : 0;
-}
-
 /* Our duplicate is closed before the program is told, so that nobody finds the description open
  * after the program has closed it. So giving back needs another. */
-static void give_back(const struct lock_call *call, int kernel_error) {
-    struct client_wait wait = {.timeout = -1, .poll = 1, .cancel = -1};
-    size_t slot = slot_of(call);
+static void give_back(const struct lock_call *call) {
     struct target target;
     struct stat status;
 
-    pthread_mutex_lock(&slots[slot].mutex);
-    if (slots[slot].turn == call->turn) {
-        target_open(&target, call->notification->tid, call->target.number);
-        if (target.descriptor >= 0) {
-            if (fstat(target.descriptor, &status) == 0 && status.st_ino == call->status.st_ino &&
-                status.st_dev == call->status.st_dev) {
-                wait.pid = target.pid;
-                wait.number = target.number;
-                if (kernel_error)
-                    lock_by_mode(supervisor.config, &wait, target.descriptor, LOCK_UN,
-                                 kernel_error);
-                else
-                    unlock_by_kernel(target.descriptor);
-            }
-            close(target.descriptor);
-        }
+    target_open(&target, (pid_t)call->notification->tid, call->target.number);
+    if (target.descriptor < 0)
+        return;
+    if (fstat(target.descriptor, &status) == 0 && is_same_file(&status, &call->status) &&
+        kernel_has_locked(target.descriptor) == 1)
+        sys2(SYS_flock, target.descriptor, LOCK_UN);
+    close(target.descriptor);
+}
+
+/* Where the kernel can lock, it does: the real call on the same description. What the description
+ * holds already the kernel shall change itself, since only it can do so at the moment when the
+ * program learns of it. Returns the errno that means that it cannot lock, or 0: answered. */
+static int ask_kernel(const struct lock_call *call) {
+    int known = kernel_has_locked(call->target.descriptor);
+    int result;
+
+    if (known == 1) {
+        close(call->target.descriptor);
+        leave_to_kernel(call);
+        return 0;
     }
-    pthread_mutex_unlock(&slots[slot].mutex);
+    result = (int)sys2(SYS_flock, call->target.descriptor, call->operation | LOCK_NB);
+    if (config_triggers(supervisor.config, -result))
+        return -result;
+    close(call->target.descriptor);
+    if (result == -EWOULDBLOCK && !(call->operation & LOCK_NB))
+        leave_to_kernel(call);
+    else if (reply(call, result, 0) == -ENOENT && result == 0 && call->operation != LOCK_UN &&
+             known == 0)
+        give_back(call);
+    return 0;
+}
+
+static int ask_kernel_alone(struct lock_call *call) {
+    int error = 0;
+
+    enter_kernel(call);
+    if (is_gone(call))
+        close(call->target.descriptor);
+    else
+        error = ask_kernel(call);
+    leave_kernel(call);
+    return error;
+}
+
+static int deliver(void *lock_call) {
+    struct lock_call *call = lock_call;
+
+    close(call->target.descriptor);
+    call->delivered = 1;
+    return reply(call, 0, 0);
 }
 
 static int wait_for_lock(const struct lock_call *call, struct client_wait *wait, int kernel_error) {
@@ -151,38 +200,14 @@ static void emulate(struct lock_call *call, int kernel_error) {
                                .pid = call->target.pid,
                                .number = call->target.number,
                                .gone = is_gone,
-                               .context = (void *)call->notification};
+                               .deliver = deliver,
+                               .call = call};
     int result = wait_for_lock(call, &wait, kernel_error);
 
-    close(call->target.descriptor);
-    if (reply(call, result, 0) == -ENOENT && result == 0 && call->operation != LOCK_UN &&
-        !wait.unchanged)
-        give_back(call, kernel_error);
-}
-
-/* Where the kernel can lock, it does: the real call on the same description. What the description
- * holds already the kernel shall change itself, since only it can do so at the moment when the
- * program learns of it. */
-static void ask_kernel(struct lock_call *call) {
-    int known = kernel_has_locked(call->target.descriptor);
-    int result;
-
-    if (known == 1) {
+    if (!call->delivered) {
         close(call->target.descriptor);
-        leave_to_kernel(call);
-        return;
+        reply(call, result, 0);
     }
-    result = (int)sys2(SYS_flock, call->target.descriptor, call->operation | LOCK_NB);
-    if (config_triggers(supervisor.config, -result)) {
-        emulate(call, -result);
-        return;
-    }
-    close(call->target.descriptor);
-    if (result == -EWOULDBLOCK && !(call->operation & LOCK_NB))
-        leave_to_kernel(call);
-    else if (reply(call, result, 0) == -ENOENT && result == 0 && call->operation != LOCK_UN &&
-             known == 0)
-        give_back(call, 0);
 }
 
 /* Its call is left to the kernel, which may refuse it: an error, but no lock that is none. */
@@ -232,16 +257,15 @@ static void answer(const struct notification *notification, int may_wait) {
         return;
     }
     /* Only now is it sure whose descriptor that is. */
-    if (is_gone((void *)notification) || fstat(call.target.descriptor, &call.status) < 0) {
+    if (is_gone(&call) || fstat(call.target.descriptor, &call.status) < 0) {
         close(call.target.descriptor);
         return;
     }
-    take_turn(&call);
     error = lock_without_kernel(supervisor.config, call.target.descriptor, call.operation);
+    if (!error)
+        error = ask_kernel_alone(&call);
     if (error)
         emulate(&call, error);
-    else
-        ask_kernel(&call);
 }
 
 static int has_hung_up(void) {
@@ -292,8 +316,6 @@ int native_supervise(const struct config *config, int listener, int mark) {
     supervisor.config = config;
     supervisor.listener = listener;
     supervisor.mark = mark;
-    for (size_t i = 0; i < SLOTS; i++)
-        pthread_mutex_init(&slots[i].mutex, NULL);
     ioctl(listener, NOTIFY_SET_FLAGS, NOTIFY_SYNC_WAKE_UP);
     /* One waits for a notification at any time, so the first call need not start the second. */
     return start_thread() < 0 ? -EAGAIN : start_thread();

@@ -11,7 +11,6 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from flockshim.descriptions import Description
     from flockshim.lockservice import LockService
-    from flockshim.locktable import Waiter
     from flockshim.programs import Connection
 
 
@@ -23,23 +22,28 @@ class Grants:
         self._service = service
         self._since: dict[Connection, float] = {}
 
-    def add(self, connection: Connection, waiter: Waiter) -> None:
-        """A request has been granted."""
-        connection.granted = waiter.owner
-        connection.changed = waiter.changed
-        connection.answers = waiter.owner.answers
+    def add(self, connection: Connection, description: Description, changed: bool) -> None:
+        """A request has been granted; `changed`: the description did not hold just that already."""
+        connection.granted = description
+        connection.changed = changed
+        connection.answers = description.answers
         self._since[connection] = time.monotonic()
         connection.grant()
 
     def unsure(self) -> set[Description | None]:
         """Return the descriptions that may not hold after all."""
-        return {connection.granted for connection in self._since}
+        return {connection.granted for connection in self._since if connection.changed}
 
     def taken(self, connection: Connection) -> None:
         """A grant has reached its program."""
-        if connection.granted:
-            connection.granted.answers += 1
+        description = connection.granted
+        file = self._service.files.get(description.key) if description else None
+        if description:
+            description.answers += 1
         self._end(connection)
+        if file and description and connection.downgrades:
+            file.lock.request(description, False, False)
+            self._service.settle(file)
 
     def confirm(self, description: Description) -> None:
         """Who asks again for what it was granted has lost its connection, not its interest."""
@@ -64,10 +68,13 @@ class Grants:
             self._service.settle(file)
 
     def look(self, now: float) -> None:
-        """The program may be stopped: others go on, and it asks again when it is continued."""
+        """The program may be stopped: others go on, and it asks again when it is continued.
+
+        A supervisor that is stopped may have told its program already.
+        """
         programs = self._service.programs
         for connection, since in list(self._since.items()):
-            if now - since >= GRANT_SECONDS:
+            if now - since >= GRANT_SECONDS and not connection.is_supervised:
                 programs.forget(connection)
                 if programs.is_taken(connection):
                     self.taken(connection)

@@ -147,17 +147,16 @@ class LockService:
         if file.lock.conflicts(description, exclusive):
             self._check_holders([holder for holder in file.lock.holders if holder is not description])
         held = file.lock.holders.get(description)
+        if held and not exclusive and connection.is_supervised:
+            connection.downgrades = True
+            self.answer_granted(connection, description, False)
+            return
         outcome = file.lock.request(description, exclusive, blocking, connection, time.monotonic())
         if outcome == GRANTED:
             self.processes.add(connection.pid, description)
-            self.grants.confirm(description)
-            description.answers += 1
             if file.lock.queue:
                 self.settle(file)
-            if held == exclusive and connection.is_supervised:
-                connection.answer_held()
-            else:
-                connection.answer(0)
+            self.answer_granted(connection, description, held != exclusive)
         elif outcome == REFUSED:
             elsewhere = self.files.leases is not None and self.files.leases.is_refused(file.key)
             if elsewhere or self.is_refused(file, description, exclusive):
@@ -174,6 +173,17 @@ class LockService:
             self.settle(file)
             if connection.waiter:
                 self.patience.begin(connection)
+
+    def answer_granted(self, connection: Connection, description: Description, changed: bool) -> None:
+        """Tell of a grant without a wait; `changed`: the description did not hold just that already."""
+        if connection.is_supervised:
+            # Its program may have gone.
+            self.programs.hold(connection)
+            self.grants.add(connection, description, changed)
+        else:
+            self.grants.confirm(description)
+            description.answers += 1
+            connection.answer(0)
 
     def is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
         """Return whether a holder of ours is in the way, and surely holds."""
@@ -284,7 +294,7 @@ class LockService:
             connection = waiter.context
             self._stop_waiting(connection)
             self.processes.add(connection.pid, waiter.owner)
-            self.grants.add(connection, waiter)
+            self.grants.add(connection, waiter.owner, waiter.changed)
 
     def _fail_first(self, file: File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""

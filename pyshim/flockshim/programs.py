@@ -28,6 +28,7 @@ class Connection:
         "answers",
         "changed",
         "descriptor",
+        "downgrades",
         "flags",
         "granted",
         "is_supervised",
@@ -49,16 +50,14 @@ class Connection:
         self.granted: Description | None = None
         # Whether that has changed what the description holds, and how many calls of it had been answered.
         self.changed = False
+        # Only when the program has heard of it is its exclusive lock a shared one.
+        self.downgrades = False
         self.answers = 0
         self.waiter: Waiter | None = None
 
     def answer(self, error: int) -> None:
         """Give the errno with which the program's call ends, or 0."""
         lib.native_answer(self.descriptor, KIND_ANSWER, error, b"")
-
-    def answer_held(self) -> None:
-        """Say that the description held just that already: should the program be gone, nothing is to be given back."""
-        lib.native_answer(self.descriptor, lib.KIND_HELD, 0, b"")
 
     def grant(self) -> None:
         """Tell a program that waited that the lock is its own."""
@@ -172,10 +171,16 @@ class Programs:
         packet = self._packet
         lib.native_receive(connection.descriptor, packet)
         status = packet.status
-        if status == lib.STATUS_NOTHING or (status == lib.STATUS_CANCEL and connection.granted):
+        if status == lib.STATUS_NOTHING:
+            return
+        if status == lib.STATUS_CANCEL and connection.granted and not connection.is_supervised:
             return
         self.forget(connection)
-        if status == lib.STATUS_TAKEN and connection.granted:
+        if connection.granted and connection.is_supervised and status == lib.STATUS_ENDED:
+            # The supervisor was killed, and may have told its program before.
+            connection.downgrades = False
+            self._taken(connection)
+        elif connection.granted and status == lib.STATUS_TAKEN:
             self._taken(connection)
         elif connection.waiter or connection.granted:
             self._withdraw(connection)

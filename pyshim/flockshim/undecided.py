@@ -69,7 +69,7 @@ class Undecided:
         description.waits -= 1
         if error:
             self._service.forget_if_unused(file, description)
+            connection.answer(error)
         else:
             self._service.processes.add(connection.pid, description)
-            description.answers += 1
-        connection.answer(error)
+            self._service.answer_granted(connection, description, True)
