@@ -85,13 +85,6 @@ static enum outcome lose(struct call *call, int cancelled) {
     return LOST;
 }
 
-/* The connection is closed thereafter. */
-static enum outcome leave(struct call *call) {
-    send_word(call, KIND_CANCEL);
-    call->interrupted = 1;
-    return REFUSED;
-}
-
 static int64_t now_in_nanoseconds(void) {
     struct timespec now = {0};
 
@@ -167,7 +160,7 @@ static long receive_with_patience(struct call *call) {
 
         result = poll_for_answer(call, slice);
         if (result == -ETIME && looks && is_gone(call))
-            return -ESHUTDOWN;
+            return -EINTR;
         if (left != INT32_MAX)
             left -= slice;
     } while (result == -ETIME && left > 0);
@@ -180,16 +173,12 @@ static void tell_waited(const struct call *call) {
                       (now_in_nanoseconds() - call->begin) / NANOSECONDS_IN_A_SECOND);
 }
 
-/* The keeper keeps the lock for the program until we say what has become of it: should we be killed
- * in between, the program may have heard of it. */
-static enum outcome deliver(struct call *call) {
+/* Whether the supervised program has heard that it has the lock. The keeper keeps it for that
+ * program until we say so or not: should we be killed in between, the program may have heard. */
+static int is_delivered(struct call *call) {
     tell_waited(call);
     call->told = 0;
-    if (call->wait->deliver(call->wait->call) == 0) {
-        send_word(call, KIND_TAKEN);
-        return ANSWERED;
-    }
-    return leave(call);
+    return call->wait->deliver(call->wait->call) == 0;
 }
 
 /* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
@@ -203,14 +192,15 @@ static enum outcome receive_answer(struct call *call) {
         if (got == -EAGAIN)
             got = cancelled ? receive(call, 0) : receive_with_patience(call);
         if (got == -EINTR) {
+            /* The same call may have been made again meanwhile. */
+            if (call->wait->gone && !is_gone(call))
+                continue;
             if (call->blocking && !cancelled) {
                 send_word(call, KIND_CANCEL);
                 cancelled = 1;
             }
             continue;
         }
-        if (got == -ESHUTDOWN)
-            return leave(call);
         if (got == -ETIME)
             return refuse(call, "the keeper does not answer; is it stopped? See flockshim --locks");
         /* A keeper that closes before it has read our second packet resets the connection, and the
@@ -227,8 +217,17 @@ static enum outcome receive_answer(struct call *call) {
             call->request.flags &= ~FLAG_TELL;
             continue;
         }
-        if (call->answer.kind == KIND_GRANT && call->wait->deliver)
-            return deliver(call);
+        if (call->answer.kind == KIND_GRANT && call->wait->deliver) {
+            if (!cancelled && is_delivered(call)) {
+                send_word(call, KIND_TAKEN);
+                return ANSWERED;
+            }
+            /* Whoever comes after us must not find our request. */
+            if (!cancelled)
+                send_word(call, KIND_CANCEL);
+            cancelled = 1;
+            continue;
+        }
         /* The lock is ours only if the keeper learns that we are still here: a call that was left
          * by longjmp(3) or exec, or is stopped, must not be served. */
         if (call->answer.kind == KIND_GRANT && send_word(call, KIND_TAKEN) < 0)
@@ -299,8 +298,10 @@ static enum outcome ask_until_answered(struct call *call) {
             call->answer.error = EBADF;
             return ANSWERED;
         }
-        if (is_gone(call))
-            return leave(call);
+        if (is_gone(call)) {
+            call->interrupted = 1;
+            return REFUSED;
+        }
     }
     return refuse(call,
                   "the keeper does not stay alive; see keeper.log in the rendezvous directory");

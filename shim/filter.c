@@ -74,6 +74,12 @@ static void let_bad_calls_pass(struct program *program) {
     finish(program, SECCOMP_RET_ALLOW);
 }
 
+static void answer_ping(struct program *program, uint32_t error) {
+    load(program, FIELD(args[1]));
+    add(program, BPF_JMP | BPF_JEQ | BPF_K, PING_OPERATION, 0, 1);
+    finish(program, SECCOMP_RET_ERRNO | error);
+}
+
 /* Who is privileged may keep set-uid programs working behind the filter: seccomp(2). */
 static int install(struct program *program, unsigned int flags) {
     struct sock_fprog whole = {.len = program->length, .filter = program->code};
@@ -96,6 +102,7 @@ int native_answer_lock_calls(int error) {
     struct program program = {.length = 0};
 
     select_flock(&program);
+    answer_ping(&program, error ? PING_ERROR_OF_FAILURE : PING_ERROR_OF_SUCCESS);
     let_bad_calls_pass(&program);
     finish(&program, SECCOMP_RET_ERRNO | (uint32_t)error);
     return install(&program, 0);

@@ -7,6 +7,7 @@
 
 #include "config.h"
 #include "lock.h"
+#include "notify.h"
 #include "protocol.h"
 #include "rendezvous.h"
 #include "shared.h"

@@ -2,6 +2,7 @@
 #ifndef FLOCKSHIM_NOTIFY_H
 #define FLOCKSHIM_NOTIFY_H
 
+#include <errno.h>
 #include <linux/audit.h>
 #include <linux/seccomp.h>
 #include <stdint.h>
@@ -54,5 +55,8 @@ union notification_buffer {
  * is answered with the supervisor's mark instead of with EBADF. */
 #define PING_DESCRIPTOR 0x7fffffff
 #define PING_OPERATION 0x464c4b53
+/* What a filter answers that answers by itself; no other call of ours ends so. */
+#define PING_ERROR_OF_SUCCESS EDOTDOT
+#define PING_ERROR_OF_FAILURE ESRMNT
 
 #endif

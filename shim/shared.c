@@ -37,18 +37,19 @@ static const uint32_t of_one_host[] = {
     0x0000137f, /* Minix */
 };
 
-static int may_be_shared(int descriptor) {
+int is_of_one_host(int descriptor) {
     struct statfs status;
 
     if (sys2(SYS_fstatfs, descriptor, &status) < 0)
-        return 1;
+        return 0;
     for (size_t i = 0; i < sizeof of_one_host / sizeof *of_one_host; i++) {
         if ((uint32_t)status.f_type == of_one_host[i])
-            return 0;
+            return 1;
     }
-    return 1;
+    return 0;
 }
 
 int is_for_all_hosts(const struct config *config, int descriptor) {
-    return config->mode == MODE_CLUSTER || (config->mode == MODE_AUTO && may_be_shared(descriptor));
+    return config->mode == MODE_CLUSTER ||
+           (config->mode == MODE_AUTO && !is_of_one_host(descriptor));
 }

@@ -17,7 +17,7 @@ import socket
 import zlib
 from typing import TYPE_CHECKING
 
-from flockshim import limits
+from flockshim import holders, limits
 from flockshim._native import lib
 from flockshim.locking import Locker
 
@@ -64,15 +64,18 @@ class SupervisedChild:
 
     def status(self) -> int | None:
         """Return what ``waitpid(2)`` with WNOHANG and WUNTRACED would, or None where nothing has changed."""
-        if self._alive:
+        while self._alive:
             word, text = self._receive(socket.MSG_DONTWAIT)
             if word == STOPPED:
-                return int(text)
+                if holders.is_stopped(self.pid):
+                    return int(text)
+                continue  # no longer
             if word == ENDED:
                 self._take_leave()
                 return int(text)
             if self._alive:
                 return None
+            # Only once: from here on there is nobody to be asked.
             self._say("the supervisor was killed: the lock calls of COMMAND fail from now on")
         return self._wait_as_parent()
 
@@ -178,7 +181,9 @@ class _Supervisor:
 
     def _tell(self, word: str, text: str = "") -> None:
         with contextlib.suppress(OSError):  # the launcher was killed
-            self._launcher.send(f"{word} {text}".encode(errors="surrogateescape"), socket.MSG_NOSIGNAL)
+            # A launcher that is stopped reads nothing, and needs but one word of it.
+            flags = socket.MSG_NOSIGNAL | (socket.MSG_DONTWAIT if word == STOPPED else 0)
+            self._launcher.send(f"{word} {text}".encode(errors="surrogateescape"), flags)
 
     def _look_after_children(self) -> NoReturn:
         while True:
@@ -224,6 +229,8 @@ def mark(environ: Mapping[str, str]) -> int:
 def is_supervised(environ: Mapping[str, str]) -> bool | None:
     """Return whether a supervisor of ours covers this process, with the settings of *environ*; None: no supervisor."""
     answer = lib.native_ping_supervisor()
+    if answer == -lib.PING_ERROR_OF_SUCCESS:
+        return False
     return None if answer < 0 else bool(answer == mark(environ))
 
 

@@ -1,0 +1,55 @@
+/* A lock call of a supervised program, from its report to its answer. */
+#ifndef FLOCKSHIM_SUPERVISE_H
+#define FLOCKSHIM_SUPERVISE_H
+
+#include <sys/stat.h>
+
+#include "config.h"
+#include "notify.h"
+#include "target.h"
+
+struct supervisor {
+    const struct config *config;
+    int listener;
+    int mark;
+    int idle;   /* threads that wait for a notification */
+    int blamed; /* the user was told that a program cannot be looked into */
+};
+
+extern struct supervisor supervisor;
+
+struct lock_call {
+    uint64_t id; /* of the notification; may become that of the same call made again */
+    pid_t tid;
+    struct target target;
+    struct stat status; /* of the file */
+    int operation;
+    int may_wait; /* or no thread is left for others */
+    int wake;     /* an eventfd(2) of this thread */
+    int leaving;  /* the program has been told, or is gone: nobody can take the call up again */
+    int delivered;
+    struct lock_call *next;
+};
+
+/* Whether the program's call has ended, by a signal or with the program. */
+int call_is_gone(const struct lock_call *call);
+/* 0, or -ENOENT where it is gone. */
+int call_reply(const struct lock_call *call, int result);
+/* The kernel makes the call, as if there were no supervisor. */
+void call_leave_to_kernel(const struct lock_call *call);
+
+/* To be called by a thread before it does what may take long; calls that are over at once pile up
+ * in the kernel only, which forgets those that have ended. Whether there is another thread. */
+int have_another_listen(void);
+
+int is_same_file(const struct stat *one, const struct stat *other);
+
+/* Whether the kernel is known to lock files like this one, so that its calls can be left to it. */
+int kernel_locks(const struct stat *status);
+/* Answers the call where the kernel can, and closes the descriptor: 0. Else the errno that means
+ * that the kernel cannot lock. */
+int ask_kernel(struct lock_call *call);
+
+/* Answers a call that the kernel refuses with an errno; closes the descriptor. */
+void emulate_call(struct lock_call *call, int kernel_error);
+#endif

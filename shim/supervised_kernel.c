@@ -1,0 +1,162 @@
+/* Supervised calls on files that the kernel may be able to lock.
+ *
+ * What the kernel does by itself it does exactly: with its own queue, its signals, and no moment at
+ * which a lock is had and the program does not know of it. So calls are left to it wherever it is
+ * known to lock. Of other files a call is made here first, on the program's own description. */
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include "shared.h"
+#include "supervise.h"
+#include "syscalls.h"
+
+/* Kinds of files that the kernel has been seen to lock. Added in front, never removed. */
+struct kind {
+    dev_t device;
+    mode_t type;
+    struct kind *next;
+};
+
+static struct kind *lockable;
+
+/* The calls that are being made here: one for a file at a time, and none of it is left to the
+ * kernel meanwhile. Should its program be gone, a call gives back what it got, and nobody else may
+ * have come to rest on that. */
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t left;
+    struct lock_call *first;
+} here = {.mutex = PTHREAD_MUTEX_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
+
+int kernel_locks(const struct stat *status) {
+    const struct kind *kind = __atomic_load_n(&lockable, __ATOMIC_ACQUIRE);
+
+    while (kind && (kind->device != status->st_dev || kind->type != (status->st_mode & S_IFMT)))
+        kind = kind->next;
+    return kind != NULL;
+}
+
+static void learn_that_kernel_locks(const struct stat *status) {
+    struct kind *kind = malloc(sizeof *kind);
+
+    if (!kind)
+        return;
+    kind->device = status->st_dev;
+    kind->type = status->st_mode & S_IFMT;
+    kind->next = __atomic_load_n(&lockable, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&lockable, &kind->next, kind, 0, __ATOMIC_RELEASE,
+                                        __ATOMIC_RELAXED))
+        ;
+}
+
+static int is_file_busy(const struct lock_call *call) {
+    for (const struct lock_call *other = here.first; other; other = other->next) {
+        if (is_same_file(&other->status, &call->status))
+            return 1;
+    }
+    return 0;
+}
+
+static void enter(struct lock_call *call) {
+    pthread_mutex_lock(&here.mutex);
+    while (is_file_busy(call))
+        pthread_cond_wait(&here.left, &here.mutex);
+    call->next = here.first;
+    here.first = call;
+    pthread_mutex_unlock(&here.mutex);
+}
+
+static void leave(const struct lock_call *call) {
+    struct lock_call **place = &here.first;
+
+    pthread_mutex_lock(&here.mutex);
+    while (*place != call)
+        place = &(*place)->next;
+    *place = call->next;
+    pthread_cond_broadcast(&here.left);
+    pthread_mutex_unlock(&here.mutex);
+}
+
+/* Whether the kernel has a flock(2) lock of this description: proc(5), fdinfo. File systems that
+ * ask a server may not show theirs. */
+static int has_kernel_lock(int descriptor) {
+    char path[40], info[2048];
+    ssize_t got;
+    int file;
+
+    snprintf(path, sizeof path, "/proc/self/fdinfo/%d", descriptor);
+    file = open(path, O_RDONLY | O_CLOEXEC);
+    if (file < 0)
+        return -errno;
+    got = read(file, info, sizeof info - 1);
+    close(file);
+    info[got < 0 ? 0 : got] = 0;
+    return strstr(info, ": FLOCK ") != NULL;
+}
+
+/* Our duplicate is closed before the program is told, so that nobody finds the description open
+ * after the program has closed it. So giving back needs another. */
+static void give_back(const struct lock_call *call) {
+    struct target target;
+    struct stat status;
+
+    target_open(&target, call->tid, call->target.number);
+    if (target.descriptor < 0)
+        return;
+    if (fstat(target.descriptor, &status) == 0 && is_same_file(&status, &call->status) &&
+        has_kernel_lock(target.descriptor) == 1)
+        sys2(SYS_flock, target.descriptor, LOCK_UN);
+    close(target.descriptor);
+}
+
+static void close_and_leave_to_kernel(const struct lock_call *call) {
+    close(call->target.descriptor);
+    call_leave_to_kernel(call);
+}
+
+/* A description may hold a lock from before there was a supervisor: that the kernel shall change.
+ */
+static int make_call(const struct lock_call *call) {
+    int descriptor = call->target.descriptor;
+    int had = has_kernel_lock(descriptor);
+    int locks = call->operation != LOCK_UN;
+    int result =
+        had == 1 ? -EWOULDBLOCK : (int)sys2(SYS_flock, descriptor, call->operation | LOCK_NB);
+
+    if (config_triggers(supervisor.config, -result))
+        return -result;
+    if (had == 1 || (locks && (result == 0 || result == -EWOULDBLOCK)))
+        learn_that_kernel_locks(&call->status);
+    if (result == -EWOULDBLOCK) {
+        close_and_leave_to_kernel(call);
+        return 0;
+    }
+    close(descriptor);
+    if (call_reply(call, result) == -ENOENT && result == 0 && locks && had == 0)
+        give_back(call);
+    return 0;
+}
+
+int ask_kernel(struct lock_call *call) {
+    int error = 0;
+
+    if (!kernel_locks(&call->status) && is_of_one_host(call->target.descriptor))
+        learn_that_kernel_locks(&call->status);
+    if (!kernel_locks(&call->status))
+        have_another_listen();
+    enter(call);
+    if (kernel_locks(&call->status))
+        close_and_leave_to_kernel(call);
+    else if (call_is_gone(call))
+        close(call->target.descriptor);
+    else
+        error = make_call(call);
+    leave(call);
+    return error;
+}
