@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 
 #include "lock.h"
+#include "notify.h"
 #include "report.h"
 #include "syscalls.h"
 #include "text.h"
@@ -50,6 +51,12 @@ int lock_by_kernel(const struct config *config, int descriptor, int operation) {
     return error ? -error : (int)sys2(SYS_flock, descriptor, operation);
 }
 
+/* A filter whose supervisor has ended answers ENOSYS for every file: seccomp_unotify(2). */
+static int is_call_missing(const struct config *config, int kernel_error) {
+    return kernel_error == ENOSYS && !config->force && !config->simulate &&
+           sys2(SYS_flock, PING_DESCRIPTOR, LOCK_UN) == -ENOSYS;
+}
+
 int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor,
                  int operation, int kernel_error) {
     int result;
@@ -60,6 +67,12 @@ int lock_by_mode(const struct config *config, struct client_wait *wait, int desc
     case MODE_FAIL:
         return -kernel_error;
     default:
+        if (is_call_missing(config, kernel_error)) {
+            struct text text = text_over(wait->refusal, sizeof wait->refusal);
+
+            text_add(&text, "flock() itself is missing; has the supervisor of this program ended?");
+            return -kernel_error;
+        }
         result = client_flock(config, wait, descriptor, operation);
         return *wait->refusal ? -kernel_error : result;
     }

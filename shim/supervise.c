@@ -12,6 +12,8 @@
 
 #include "lock.h"
 #include "native.h"
+#include "rendezvous.h"
+#include "report.h"
 #include "supervise.h"
 
 #define STACK_SIZE (256 * 1024)
@@ -50,6 +52,8 @@ static void fail_to_open(const struct lock_call *call) {
     int error = -call->target.descriptor;
     char line[256];
 
+    if (call_is_gone(call))
+        return;
     if (error != EBADF && error != ESRCH && !config->quiet &&
         !__atomic_exchange_n(&supervisor.blamed, 1, __ATOMIC_RELAXED)) {
         snprintf(line, sizeof line,
@@ -62,6 +66,26 @@ static void fail_to_open(const struct lock_call *call) {
         call_reply(call, -(config->simulate ? config->simulate : CONFIG_FORCED_ERROR));
     else
         call_leave_to_kernel(call);
+}
+
+/* A keeper that was started behind the filter has its files in the rendezvous directory, and what
+ * it locks there must be locked by the kernel: --force and --simulate are not for them. */
+static int is_keepers_own(const struct lock_call *call) {
+    const struct config *config = supervisor.config;
+    struct rendezvous rendezvous;
+    struct stat one, other;
+    char path[CONFIG_MAX_PATH];
+    char *name;
+
+    if ((!config->force && !config->simulate) || rendezvous_find(config, &rendezvous) < 0)
+        return 0;
+    path_of_descriptor(call->target.descriptor, path, sizeof path);
+    name = strrchr(path, '/');
+    if (!name)
+        return 0;
+    *name = 0;
+    return stat(path, &one) == 0 && stat(rendezvous.directory, &other) == 0 &&
+           is_same_file(&one, &other);
 }
 
 static int is_lock_operation(int operation) {
@@ -79,8 +103,13 @@ static void look_into(struct lock_call *call, int number) {
         return;
     }
     /* Only now is it sure whose descriptor that is. */
-    if (call_is_gone(call) || fstat(call->target.descriptor, &call->status) < 0) {
+    if (call_is_gone(call)) {
         close(call->target.descriptor);
+        return;
+    }
+    if (fstat(call->target.descriptor, &call->status) < 0 || is_keepers_own(call)) {
+        close(call->target.descriptor);
+        call_leave_to_kernel(call);
         return;
     }
     error = lock_without_kernel(supervisor.config, call->target.descriptor, call->operation);

@@ -90,8 +90,8 @@ static int open_handle(struct target *target, pid_t tid, int number) {
     if (target->pid < 0)
         return -ESRCH;
     handle = (int)syscall(SYS_pidfd_open, tid, PIDFD_THREAD);
-    if (handle >= 0)
-        return handle;
+    if (handle >= 0 || errno != EINVAL)
+        return handle < 0 ? -errno : handle;
     if (!has_table_of(tid, target->pid, number))
         return -ENOTSUP;
     handle = (int)syscall(SYS_pidfd_open, target->pid, 0);

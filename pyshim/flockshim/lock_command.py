@@ -9,11 +9,12 @@ import os
 import signal
 import stat
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from flockshim import FlockshimError, holders, lockfile, parent
 from flockshim.locking import Locker, TimedOutError
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 

@@ -6,11 +6,11 @@ import fcntl
 import os
 import stat
 import time
-from typing import TYPE_CHECKING
 
 from flockshim import FlockshimError, launch
 from flockshim._native import ffi, lib
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
 

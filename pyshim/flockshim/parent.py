@@ -7,10 +7,10 @@ import os
 import resource
 import signal
 import time
-from typing import TYPE_CHECKING
 
 from flockshim import holders
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import NoReturn, Protocol

@@ -8,20 +8,22 @@ are the matter of ``shim/supervise.c``; this is about processes.
 
 from __future__ import annotations
 
+# The socket module would take a third of the time that flockshim needs to start.
+import _socket
 import contextlib
 import errno
 import fcntl
 import os
 import signal
-import socket
 import zlib
-from typing import TYPE_CHECKING
 
 from flockshim import holders, limits
 from flockshim._native import lib
 from flockshim.locking import Locker
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from _socket import socket
     from collections.abc import Callable, Mapping
     from typing import NoReturn
 
@@ -45,7 +47,8 @@ class SupervisedChild:
         self._say = say
         # Should the supervisor be killed, COMMAND becomes a child of this process.
         lib.native_become_subreaper()
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        _fill_standard_descriptors()
+        self._channel, theirs = _pair()
         self._supervisor = os.fork()
         if self._supervisor == 0:
             try:
@@ -65,7 +68,7 @@ class SupervisedChild:
     def status(self) -> int | None:
         """Return what ``waitpid(2)`` with WNOHANG and WUNTRACED would, or None where nothing has changed."""
         while self._alive:
-            word, text = self._receive(socket.MSG_DONTWAIT)
+            word, text = self._receive(_socket.MSG_DONTWAIT)
             if word == STOPPED:
                 if holders.is_stopped(self.pid):
                     return int(text)
@@ -120,7 +123,7 @@ class RefusedError(Exception):
 class _Supervisor:
     """The supervisor's process."""
 
-    def __init__(self, launcher: socket.socket, environ: Mapping[str, str]) -> None:
+    def __init__(self, launcher: socket, environ: Mapping[str, str]) -> None:
         self._launcher = launcher
         self._locker = Locker(environ)
         self._mark = mark(environ)
@@ -129,7 +132,7 @@ class _Supervisor:
     def run(self, become: Callable[[], NoReturn]) -> NoReturn:
         """Start COMMAND, and answer lock calls until nobody is left who makes them."""
         lib.native_become_subreaper()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = _pair()
         self._command = os.fork()
         if self._command == 0:
             try:
@@ -150,7 +153,7 @@ class _Supervisor:
         self._tell(STARTED, str(self._command))
         self._look_after_children()
 
-    def _begin(self, command: socket.socket) -> None:
+    def _begin(self, command: socket) -> None:
         number = _number_from(command)
         if number < 0:
             raise RefusedError(_why_no_filter(-number))
@@ -167,7 +170,7 @@ class _Supervisor:
             raise RefusedError("another filter answers lock calls itself: an outer flockshim, or a container's")
         command.close()
 
-    def _let_go_of_everything(self, listener: int, command: socket.socket) -> None:
+    def _let_go_of_everything(self, listener: int, command: socket) -> None:
         """Who reads the other end of a pipe waits for its last writer, and a directory in use cannot be unmounted."""
         os.chdir("/")
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -182,7 +185,7 @@ class _Supervisor:
     def _tell(self, word: str, text: str = "") -> None:
         with contextlib.suppress(OSError):  # the launcher was killed
             # A launcher that is stopped reads nothing, and needs but one word of it.
-            flags = socket.MSG_NOSIGNAL | (socket.MSG_DONTWAIT if word == STOPPED else 0)
+            flags = _socket.MSG_NOSIGNAL | (_socket.MSG_DONTWAIT if word == STOPPED else 0)
             self._launcher.send(f"{word} {text}".encode(errors="surrogateescape"), flags)
 
     def _look_after_children(self) -> NoReturn:
@@ -220,6 +223,17 @@ class _Supervisor:
         os._exit(0)
 
 
+def _pair() -> tuple[socket, socket]:
+    return _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+
+
+def _fill_standard_descriptors() -> None:
+    """Nothing of ours may have their numbers, which COMMAND finds closed again: execve(2), O_CLOEXEC."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= 2:
+        pass
+    os.close(descriptor)
+
+
 def mark(environ: Mapping[str, str]) -> int:
     """Return a number that tells supervisors with other settings apart."""
     settings = [environ.get(f"FLOCKSHIM_{name}", "") for name in ANSWERS]
@@ -234,7 +248,7 @@ def is_supervised(environ: Mapping[str, str]) -> bool | None:
     return None if answer < 0 else bool(answer == mark(environ))
 
 
-def _confine(supervisor: socket.socket, own_mark: int) -> None:
+def _confine(supervisor: socket, own_mark: int) -> None:
     """Install the filter in this process, and go on when the supervisor hears it."""
     listener = lib.native_report_lock_calls()
     supervisor.send(str(listener).encode())
@@ -246,7 +260,7 @@ def _confine(supervisor: socket.socket, own_mark: int) -> None:
         os._exit(125)
 
 
-def _number_from(command: socket.socket) -> int:
+def _number_from(command: socket) -> int:
     text = command.recv(16)
     if not text:
         raise RefusedError("COMMAND's process has ended")
