@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import select
 import signal
 import zlib
 
@@ -128,6 +129,8 @@ class _Supervisor:
         self._locker = Locker(environ)
         self._mark = mark(environ)
         self._command = 0
+        self._has_ended = False
+        self._listener = -1
 
     def run(self, become: Callable[[], NoReturn]) -> NoReturn:
         """Start COMMAND, and answer lock calls until nobody is left who makes them."""
@@ -157,12 +160,12 @@ class _Supervisor:
         number = _number_from(command)
         if number < 0:
             raise RefusedError(_why_no_filter(-number))
-        listener = lib.native_pidfd_getfd(self._command, number)
-        if listener < 0:
-            raise RefusedError(_why_no_descriptor(-listener))
-        self._let_go_of_everything(listener, command)
+        self._listener = lib.native_pidfd_getfd(self._command, number)
+        if self._listener < 0:
+            raise RefusedError(_why_no_descriptor(-self._listener))
+        self._let_go_of_everything(command)
         limits.raise_to_hard()
-        error = lib.native_supervise(self._locker.config, listener, self._mark)
+        error = lib.native_supervise(self._locker.config, self._listener, self._mark)
         if error < 0:
             raise RefusedError(f"no thread can be started ({os.strerror(-error)}): raise the limit (ulimit -u)")
         command.send(b"go")
@@ -170,13 +173,13 @@ class _Supervisor:
             raise RefusedError("another filter answers lock calls itself: an outer flockshim, or a container's")
         command.close()
 
-    def _let_go_of_everything(self, listener: int, command: socket) -> None:
+    def _let_go_of_everything(self, command: socket) -> None:
         """Who reads the other end of a pipe waits for its last writer, and a directory in use cannot be unmounted."""
         os.chdir("/")
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         os.dup2(nothing, 0)
         os.dup2(nothing, 1)
-        kept = {0, 1, 2, listener, command.fileno(), self._launcher.fileno()}
+        kept = {0, 1, 2, self._listener, command.fileno(), self._launcher.fileno()}
         for name in os.listdir("/proc/self/fd"):
             if int(name) not in kept:
                 with contextlib.suppress(OSError):
@@ -202,6 +205,8 @@ class _Supervisor:
             pid, status = os.waitpid(info.si_pid, os.WUNTRACED | os.WNOHANG)
             if pid == self._command:
                 self._tell(STOPPED, str(status))
+            elif self._has_ended:
+                self._end_if_deserted()
 
     def _end_of_command(self) -> None:
         """COMMAND's pid stays its own until the launcher knows that it has ended."""
@@ -213,14 +218,22 @@ class _Supervisor:
         with contextlib.suppress(OSError):
             self._launcher.recv(16)
         os.waitpid(self._command, 0)
+        self._has_ended = True
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
-            self._tell(OTHERS)
-            self._launcher.close()
-            os.dup2(0, 2)
-            return
-        os._exit(0)
+        self._end_if_deserted()
+        self._tell(OTHERS)
+        self._launcher.close()
+        os.dup2(0, 2)
+
+    def _end_if_deserted(self) -> None:
+        """The keeper may have become a child of this process, but is not behind the filter."""
+        watch = select.poll()
+        watch.register(self._listener, 0)
+        # Linux 5.8; before that, this process stays until it has no children.
+        if any(event & select.POLLHUP for _, event in watch.poll(0)):
+            os._exit(0)
 
 
 def _pair() -> tuple[socket, socket]:
