@@ -14,6 +14,7 @@ import cluster_uncontended
 import contended
 import keeper_costs
 import launcher
+import supervisor
 import uncontended
 from table import Table, duration, median, spread
 from world import World
@@ -86,6 +87,7 @@ SECTIONS: dict[str, Callable[[World, float], Iterable[Table]]] = {
     "dead": _dead,
     "memory": _memory,
     "launcher": _launcher,
+    "supervisor": supervisor.tables,
     "cluster": _cluster,
 }
 

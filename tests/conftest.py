@@ -7,14 +7,18 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 from support.groups import ControlGroup, NoControlGroups
 from support.keepers import end_keepers
-from support.worlds import World
+from support.worlds import SupervisedWorld, World
 
 from flockshim.pytest_plugin import require
+
+if TYPE_CHECKING:
+    from support.supervision import Supervision
 
 NATIVE_ROOT = "/dev/shm"
 LEASE = 3.0
@@ -107,18 +111,65 @@ def _ended_quietly(world: World) -> None:
     assert errors == "", f"standard error of the programs: {errors}"
 
 
-@pytest.fixture(params=["native", "emulated"])
+@pytest.fixture
+def native_directory() -> Iterator[Path]:
+    """A directory whose kernel locks."""
+    with tempfile.TemporaryDirectory(prefix="native-", dir=NATIVE_ROOT) as directory:
+        yield Path(directory)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test in each of its module's WORLDS, or in those that its own mark names."""
+    marked = any(mark.args[0] == "world" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "world" in metafunc.fixturenames and not marked and not hasattr(metafunc.module, "world"):
+        metafunc.parametrize("world", getattr(metafunc.module, "WORLDS", ["native", "emulated"]), indirect=True)
+
+
+@pytest.fixture
 def world(request: pytest.FixtureRequest, session_rendezvous: Path) -> Iterator[World]:
-    """Each of the two worlds in turn: whatever is expected here, is expected of both."""
+    """Each of several worlds in turn: whatever is expected here, is expected of all."""
     if request.param == "native":
-        with tempfile.TemporaryDirectory(prefix="native-", dir=NATIVE_ROOT) as directory:
-            native = World("native", Path(directory), os.environ)
-            yield native
-            _ended_quietly(native)
+        world = World("native", request.getfixturevalue("native_directory"), os.environ)
+    elif request.param == "emulated":
+        world = emulated_world(request, session_rendezvous)
     else:
-        emulated = emulated_world(request, session_rendezvous)
-        yield emulated
-        _ended_quietly(emulated)
+        directory = "native_directory" if "kernel" in request.param else "nolock_dir"
+        world = _supervised_world(request, request.param, request.getfixturevalue(directory))
+    yield world
+    _ended_quietly(world)
+
+
+def _supervised_world(request: pytest.FixtureRequest, name: str, directory: Path) -> World:
+    supervision = request.getfixturevalue("supervision")
+    return SupervisedWorld(name, directory, supervision, supervision.fleet.environment)
+
+
+@pytest.fixture(scope="session")
+def supervision(session_rendezvous: Path) -> Iterator[Supervision]:
+    """The supervisor that tests share when they don't harm it. Afterwards it must have as much open as before."""
+    from support import supervision  # noqa: PLC0415
+
+    shared = supervision.Supervision(supervision.settings(session_rendezvous))
+    descriptors = shared.descriptors()
+    yield shared
+    shared.await_idle(descriptors)
+    shared.end()
+
+
+@pytest.fixture
+def supervised(request: pytest.FixtureRequest, nolock_dir: Path) -> Iterator[World]:
+    """Static programs under a supervisor, on a file system that cannot lock."""
+    world = _supervised_world(request, "supervised", nolock_dir)
+    yield world
+    _ended_quietly(world)
+
+
+@pytest.fixture
+def supervised_kernel(request: pytest.FixtureRequest, native_directory: Path) -> Iterator[World]:
+    """Static programs under a supervisor, on a file system that locks."""
+    world = _supervised_world(request, "supervised, kernel", native_directory)
+    yield world
+    _ended_quietly(world)
 
 
 @pytest.fixture

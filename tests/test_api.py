@@ -95,12 +95,51 @@ def test_run_takes_every_kind_of_argument(tmp_path: Path) -> None:
 
 def test_run_refuses_what_the_command_refuses() -> None:
     script = ["env", "-i", "true"]
-    command = [sys.executable, "-m", "flockshim", *script]
+    command = [sys.executable, "-m", "flockshim", "--via", "preload", *script]
     shown = subprocess.run(command, env=BASE, capture_output=True, text=True, check=False).stderr
     with pytest.raises(flockshim.FlockshimError) as caught:
-        flockshim.run(script, env=BASE)
+        flockshim.run(script, via="preload", env=BASE)
     assert f"flockshim: {caught.value}\n" == shown
-    assert flockshim.run(script, mode="fail", env=BASE).returncode == 0
+    assert flockshim.run(script, via="preload", mode="fail", env=BASE).returncode == 0
+
+
+@pytest.fixture
+def static(tmp_path: Path) -> Path:
+    source = tmp_path / "static.c"
+    source.write_text("int main(int argc, char **argv) { return argv[0][0] == '.' ? 8 : 5 + argc; }\n")
+    program = tmp_path / "static"
+    subprocess.run(["gcc", "-static", "-o", program, source], check=True)
+    return program
+
+
+def test_run_starts_what_needs_a_supervisor_by_the_launcher(static: Path) -> None:
+    directory = static.parent
+    assert flockshim.run(static).returncode == 6
+    assert flockshim.run(os.fsencode(static)).returncode == 6
+    assert flockshim.run([static, "--mode", "--"], via="auto").returncode == 8
+    assert flockshim.run(["./static"], cwd=directory).returncode == 8
+    assert flockshim.run(["static"], env={"PATH": str(directory)}).returncode == 6
+    with pytest.raises(subprocess.CalledProcessError):
+        flockshim.run([static], check=True)
+    with pytest.raises(flockshim.FlockshimError, match="statically linked, so the lock shim cannot work in it"):
+        flockshim.run([static], via="preload")
+    with pytest.raises(flockshim.FlockshimError, match="executable="):
+        flockshim.run(["any name"], executable=static)
+    assert flockshim.run([static], mode="fail").returncode == 6
+
+
+def test_run_under_a_supervisor() -> None:
+    grep = ["grep", "^Seccomp:", "/proc/self/status"]
+    for way, found in ("seccomp", "2"), ("preload", "0"), (None, "0"):
+        done = flockshim.run(grep, via=way, env=BASE, capture_output=True, text=True)
+        assert done.stdout.split() == ["Seccomp:", found]
+        done = flockshim.run(" ".join(grep), shell=True, via=way, env=BASE, capture_output=True, text=True)
+        assert done.stdout.split() == ["Seccomp:", found]
+    assert flockshim.run(["env", "-i", *grep], env=BASE, capture_output=True, text=True).stdout.split()[1] == "2"
+    done = flockshim.run("exit 6", shell=True, executable="/bin/bash", via="seccomp", env=BASE)
+    assert done.returncode == 6
+    done = flockshim.run(grep, env={**BASE, "FLOCKSHIM_VIA": "seccomp"}, capture_output=True, text=True)
+    assert done.stdout.split()[1] == "2"
 
 
 def test_run_of_what_cannot_be_executed(tmp_path: Path) -> None:

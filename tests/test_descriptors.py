@@ -7,7 +7,9 @@ import subprocess
 
 import pytest
 from support.driver import BUSY, EX, NB, OK, SH, UN, Driver
-from support.worlds import World
+from support.worlds import ALL, World
+
+WORLDS = ALL
 
 CLOSINGS = ["close", "closerange", "fclose", "dup2", "exit", "kill", "exec"]
 
@@ -81,7 +83,7 @@ def test_the_shell_idiom(world: World) -> None:
     """The process that locks ends at once, and the shell that opened the file still holds."""
     path = world.file()
     shell = subprocess.Popen(
-        ["bash", "-c", '( flock 9; echo locked; read line; ) 9>"$0"; echo free; read line', path],
+        [*world.prefix, "bash", "-c", '( flock 9; echo locked; read line; ) 9>"$0"; echo free; read line', path],
         env=world.environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Histories over several processes and descriptions, natively and under the shim: equal call by call.
+"""Histories over several processes and descriptions, natively, under the shim and supervised: equal call by call.
 
 A soak of thousands of fresh histories:
 
@@ -18,6 +18,8 @@ from hypothesis import strategies
 from support.histories import KINDS, Observed, Raw, Runner, history
 from support.worlds import World
 
+WORLDS = ["emulated", "supervised", "supervised, kernel"]
+
 # Two thirds of the steps are lock calls, for which all the others only make the occasion.
 kinds = strategies.sampled_from(["lock"] * 2 * len(KINDS) + KINDS)
 numbers = strategies.integers(0, 29)
@@ -25,10 +27,10 @@ histories = strategies.lists(strategies.tuples(kinds, numbers, numbers, numbers)
 
 
 @pytest.fixture
-def runners(emulated: World) -> Iterator[tuple[Runner, Runner]]:
+def runners(world: World) -> Iterator[tuple[Runner, Runner]]:
     with tempfile.TemporaryDirectory(prefix="native-", dir="/dev/shm") as directory:
         native = World("native", Path(directory), os.environ)
-        yield Runner(native), Runner(emulated)
+        yield Runner(native), Runner(world)
         assert native.end() == ""
 
 
@@ -37,7 +39,7 @@ def runners(emulated: World) -> Iterator[tuple[Runner, Runner]]:
 def test_equal_call_by_call(runners: tuple[Runner, Runner], raws: list[Raw]) -> None:
     steps = history(raws)
     hypothesis.note("\n".join(str(step) for step in steps))
-    native, emulated = (runner.run(steps) for runner in runners)
-    assert emulated == native
+    native, other = (runner.run(steps) for runner in runners)
+    assert other == native
     # The model has told the runners what to wait for, so it must be right as well.
     assert native == [Observed(*step.expected, step.probes) for step in steps]

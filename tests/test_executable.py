@@ -56,6 +56,12 @@ def refused(result: subprocess.CompletedProcess[str], *words: str) -> None:
         assert word in result.stderr
 
 
+def not_by_preload(*command: str | Path, words: tuple[str, ...], **more: Any) -> None:
+    """The library alone is refused for COMMAND, and what would do is named."""
+    result = start("--via", "preload", *command, **more)
+    refused(result, *words, ", so the lock shim cannot work in it: use --via seccomp\n")
+
+
 def script(path: Path, text: str) -> Path:
     path.write_text(text)
     path.chmod(0o755)
@@ -105,16 +111,18 @@ def test_dynamic_musl_program_is_started(built: Callable[..., Path]) -> None:
     [("gcc", "-static"), ("gcc", "-static-pie"), ("musl-gcc", "-static")],
 )
 @pytest.mark.parametrize("mode", ["auto", "host", "success"])
-def test_static_programs_are_refused(compiler: str, option: str, mode: str, built: Callable[..., Path]) -> None:
+def test_static_programs_are_not_for_the_library(
+    compiler: str, option: str, mode: str, built: Callable[..., Path]
+) -> None:
     program = built(compiler, option)
-    assert subprocess.run([program], check=False, stdout=subprocess.DEVNULL).returncode == 7
-    refused(start("--mode", mode, program), repr(str(program)), "statically linked", "gnu")
+    not_by_preload("--mode", mode, program, words=(repr(str(program)), "statically linked"))
 
 
 def test_fail_asks_for_nothing_unless_it_simulates(static: Path) -> None:
     assert start("--mode", "fail", static).returncode == 7
     assert start("--mode", "fail", "env", "-i", static).returncode == 7
-    refused(start("--mode", "fail", "--simulate", "ENOSYS", static), "statically linked")
+    assert start("--mode", "fail", "--via", "preload", static).returncode == 7
+    not_by_preload("--mode", "fail", "--simulate", "ENOSYS", static, words=("statically linked",))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +134,7 @@ def test_fail_asks_for_nothing_unless_it_simulates(static: Path) -> None:
         ["-buildmode=pie", "-ldflags=-buildid= -s -w"],
     ],
 )
-def test_go_programs_are_refused(options: list[str], tmp_path: Path) -> None:
+def test_go_programs_are_not_for_the_library(options: list[str], tmp_path: Path) -> None:
     need("go", "golang")
     source = tmp_path / "main.go"
     source.write_text('package main\nimport "os"\nfunc main() { os.Exit(7) }\n')
@@ -135,7 +143,7 @@ def test_go_programs_are_refused(options: list[str], tmp_path: Path) -> None:
     subprocess.run(["go", "build", *options, "-o", program, source], env=env, check=True)
     assert subprocess.run([program], check=False).returncode == 7
     word = "Go program" if "-ldflags=-buildid=" not in options else "statically linked"
-    refused(start(program), word)
+    not_by_preload(program, words=(word,))
 
 
 def header(program: Path, *changes: tuple[int, bytes]) -> bytes:
@@ -149,7 +157,7 @@ def foreign_machine() -> tuple[int, str]:
     return (183, "AArch64") if os.uname().machine == "x86_64" else (62, "x86-64")
 
 
-def test_programs_for_other_machines_are_refused(dynamic: Path, tmp_path: Path) -> None:
+def test_programs_for_other_machines_are_not_for_the_library(dynamic: Path, tmp_path: Path) -> None:
     number, name = foreign_machine()
     foreign = tmp_path / "foreign"
     for changes, word in [
@@ -160,7 +168,13 @@ def test_programs_for_other_machines_are_refused(dynamic: Path, tmp_path: Path) 
     ]:
         foreign.write_bytes(header(dynamic, *changes))
         foreign.chmod(0o755)
-        refused(start(foreign), "is built for another kind of machine", word)
+        not_by_preload(foreign, words=("is built for another kind of machine", word))
+        try:
+            status, message = subprocess.run([foreign], check=False, capture_output=True).returncode, ""
+        except OSError as error:
+            status, message = 126, f"flockshim: {str(foreign)!r}: {error.strerror}\n"
+        result = start(foreign)
+        assert (result.returncode, result.stderr) == (status, message)
 
 
 @pytest.mark.parametrize("size", [5, 19, 40, 63, 64, 300])
@@ -265,11 +279,11 @@ def test_unreadable_program_is_refused(public: Path) -> None:
     assert "cannot be read" in judged_by_nobody(public)
 
 
-def test_script_of_a_static_interpreter_is_refused(static: Path, tmp_path: Path) -> None:
+def test_script_of_a_static_interpreter_is_not_for_the_library(static: Path, tmp_path: Path) -> None:
     inner = script(tmp_path / "inner", f"#! {static} -x\n")
     outer = script(tmp_path / "outer", f"#!{inner}\n")
     message = f"{str(outer)!r} is run by {str(static)!r}, which is statically linked"
-    refused(start(outer), message)
+    not_by_preload(outer, words=(message,))
 
 
 def test_script_of_a_relative_interpreter(dynamic: Path, static: Path, tmp_path: Path) -> None:
@@ -278,7 +292,7 @@ def test_script_of_a_relative_interpreter(dynamic: Path, static: Path, tmp_path:
     script(tmp_path / "s", "#!good\n")
     script(tmp_path / "t", "#!./bad\n")
     assert start("./s", cwd=tmp_path).stdout == "[good][./s]"
-    refused(start("./t", cwd=tmp_path), "'./bad'")
+    not_by_preload("./t", cwd=tmp_path, words=("'./bad'",))
 
 
 def test_script_of_a_bad_interpreter(tmp_path: Path) -> None:

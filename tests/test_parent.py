@@ -1,4 +1,4 @@
-"""``flockshim --lock`` stays as COMMAND's parent, and nobody notices: statuses, signals, job control."""
+"""With ``--lock`` or a supervisor flockshim stays above COMMAND, and nobody notices: statuses, signals, job control."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 from support.lockcommand import FLOCKSHIM, HOLD, Job, job, run, settings
-from support.proc import await_end, await_true
+from support.proc import await_end, await_true, parent, thread_state
 from support.terminal import KEYS, Terminal
 from support.worlds import World
+
+from flockshim.holders import is_stopped
 
 RECORDER = """
 import os, signal, sys
@@ -41,12 +43,29 @@ def place(session_rendezvous: Path, tmp_path: Path) -> Iterator[World]:
     world.end()
 
 
+@pytest.fixture(params=[["--lock", "lock"], ["--via", "seccomp"]], ids=["lock", "seccomp"])
+def way(request: pytest.FixtureRequest) -> list[str]:
+    """The option for whose sake it stays."""
+    words: list[str] = request.param
+    return words
+
+
 @pytest.fixture(params=["bash", "dash"])
-def terminal(request: pytest.FixtureRequest, place: World) -> Iterator[Terminal]:
-    environment = settings(place, F=f"{' '.join(FLOCKSHIM)} --lock lock", PYTHON=sys.executable, RECORDER=RECORDER)
+def terminal(request: pytest.FixtureRequest, place: World, way: list[str]) -> Iterator[Terminal]:
+    environment = settings(place, F=" ".join([*FLOCKSHIM, *way]), PYTHON=sys.executable, RECORDER=RECORDER)
     terminal = Terminal(request.param, place.directory, environment)
     yield terminal
     terminal.end()
+
+
+def _is_free(place: World) -> bool:
+    lock = place.directory / "lock"
+    return not lock.exists() or place.free(lock)
+
+
+def _is_held(place: World, way: list[str]) -> bool:
+    """Whether COMMAND has the lock that it was to have."""
+    return "--lock" not in way or not _is_free(place)
 
 
 def _received(running: Job) -> list[int]:
@@ -58,22 +77,22 @@ def _received(running: Job) -> list[int]:
     return numbers
 
 
-def test_the_exit_status_is_commands(place: World) -> None:
+def test_the_exit_status_is_commands(place: World, way: list[str]) -> None:
     for number in 0, 1, 3, 75, 125, 126, 127, 255:
-        assert run(place, "--lock", "lock", "sh", "-c", f"exit {number}").returncode == number
+        assert run(place, *way, "sh", "-c", f"exit {number}").returncode == number
 
 
 @pytest.mark.parametrize("name", ["HUP", "INT", "QUIT", "KILL", "PIPE", "TERM", "USR1", "SEGV", "ABRT", "RTMIN"])
-def test_death_by_signal_is_seen(place: World, name: str) -> None:
+def test_death_by_signal_is_seen(place: World, name: str, way: list[str]) -> None:
     number = int(getattr(signal, f"SIG{name}"))
-    done = run(place, "--lock", "lock", "sh", "-c", f"kill -{number} $$")
+    done = run(place, *way, "sh", "-c", f"kill -{number} $$")
     assert (done.returncode, done.stderr) == (-number, "")
-    assert place.free(place.directory / "lock")
+    assert _is_free(place)
 
 
-def test_only_command_dumps_core(place: World) -> None:
+def test_only_command_dumps_core(place: World, way: list[str]) -> None:
     script = 'ulimit -c "$(ulimit -H -c)"; exec "$@"'
-    command = [*FLOCKSHIM, "--lock", "lock", "sh", "-c", "kill -SEGV $$"]
+    command = [*FLOCKSHIM, *way, "sh", "-c", "kill -SEGV $$"]
     process = subprocess.Popen(["sh", "-c", script, "sh", *command], cwd=place.directory, env=settings(place))
     _, ended = os.waitpid(process.pid, 0)
     process.returncode = -1  # waited for
@@ -81,52 +100,52 @@ def test_only_command_dumps_core(place: World) -> None:
     assert not os.WCOREDUMP(ended)
 
 
-def test_every_signal_sent_to_the_launcher_arrives_once(place: World) -> None:
+def test_every_signal_sent_to_the_launcher_arrives_once(place: World, way: list[str]) -> None:
     """But SIGCHLD, which tells of children, SIGCONT, which only acts on the stopped, and what stands for a fault."""
     left_out = {signal.SIGKILL, signal.SIGSTOP, signal.SIGCHLD, signal.SIGCONT, FLUSH, *FAULTS}
-    with job(place, "--lock", "lock", command=RECORD) as running:
+    with job(place, *way, command=RECORD) as running:
         running.began()
         for number in sorted(signal.valid_signals() - left_out):
             os.kill(running.pid, number)
             assert _received(running) == [number]
 
 
-def test_queued_signals_arrive_all(place: World) -> None:
-    with job(place, "--lock", "lock", command=RECORD) as running:
+def test_queued_signals_arrive_all(place: World, way: list[str]) -> None:
+    with job(place, *way, command=RECORD) as running:
         running.began()
         for _ in range(3):
             os.kill(running.pid, signal.SIGRTMIN)
         assert _received(running) == [signal.SIGRTMIN] * 3
 
 
-def test_what_command_sends_to_its_group_is_not_handed_on(place: World) -> None:
+def test_what_command_sends_to_its_group_is_not_handed_on(place: World, way: list[str]) -> None:
     command = [*RECORD, "os.kill(0, signal.SIGUSR1)"]
-    with job(place, "--lock", "lock", command=command, start_new_session=True) as running:
+    with job(place, *way, command=command, start_new_session=True) as running:
         running.began()
         assert _received(running) == [signal.SIGUSR1]
 
 
-def test_a_signal_that_ends_command(place: World) -> None:
+def test_a_signal_that_ends_command(place: World, way: list[str]) -> None:
     for number in signal.SIGTERM, signal.SIGHUP, signal.SIGINT:
-        with job(place, "--lock", "lock") as running:
+        with job(place, *way) as running:
             command = running.began()
             running.process.send_signal(number)
             assert running.ended() == (-number, "")
             await_end(command)
-            assert place.free(place.directory / "lock")
+            assert _is_free(place)
 
 
-def test_a_command_that_handles_the_signal(place: World) -> None:
+def test_a_command_that_handles_the_signal(place: World, way: list[str]) -> None:
     command = ["sh", "-c", "trap 'echo handled; exit 4' TERM; echo $$; while :; do read line; done"]
-    with job(place, "--lock", "lock", command=command) as running:
+    with job(place, *way, command=command) as running:
         running.began()
         running.process.send_signal(signal.SIGTERM)
         assert running.line() == "handled"
         assert running.ended() == (4, "")
 
 
-def test_the_process_group_is_the_same(place: World) -> None:
-    with job(place, "--lock", "lock", start_new_session=True) as running:
+def test_the_process_group_is_the_same(place: World, way: list[str]) -> None:
+    with job(place, *way, start_new_session=True) as running:
         command = running.began()
         assert command != running.pid
         assert os.getpgid(command) == os.getpgid(running.pid) == running.pid
@@ -134,16 +153,39 @@ def test_the_process_group_is_the_same(place: World) -> None:
 
 
 @pytest.mark.parametrize("continued", ["launcher", "command"])
-def test_a_stopped_command_is_seen_stopped(place: World, continued: str) -> None:
+def test_a_stopped_command_is_seen_stopped(place: World, continued: str, way: list[str]) -> None:
     """And continued, when somebody continues flockshim, which is what he has started, or COMMAND alone."""
-    with job(place, "--lock", "lock", command=["sh", "-c", "echo $$; kill -STOP $$; exit 6"]) as running:
+    with job(place, *way, command=["sh", "-c", "echo $$; kill -STOP $$; exit 6"]) as running:
         command = running.began()
         _, status = os.waitpid(running.pid, os.WUNTRACED)
         assert os.WIFSTOPPED(status) and os.WSTOPSIG(status) == signal.SIGSTOP
-        assert not place.free(place.directory / "lock")
+        assert _is_held(place, way)
         os.kill(running.pid if continued == "launcher" else command, signal.SIGCONT)
         assert running.ended() == (6, "")
-        assert place.free(place.directory / "lock")
+        assert _is_free(place)
+
+
+def test_a_stop_that_is_over_stops_nobody(place: World, way: list[str]) -> None:
+    """Only how COMMAND is now counts for its parent, however often it was stopped and continued."""
+    with job(place, *way) as running:
+        command = running.began()
+        os.kill(running.pid, signal.SIGSTOP)
+        os.waitpid(running.pid, os.WUNTRACED)
+        for _ in range(3):
+            os.kill(command, signal.SIGSTOP)
+            await_true(lambda: is_stopped(command) and _is_asleep(parent(command), running.pid), "COMMAND to stop")
+            os.kill(command, signal.SIGCONT)
+        running.tell("6")
+        await_true(lambda: parent(command) == 0, "COMMAND to end")
+        os.kill(running.pid, signal.SIGCONT)
+        _, status = os.waitpid(running.pid, os.WUNTRACED)
+        assert not os.WIFSTOPPED(status) and os.WEXITSTATUS(status) == 6
+        running.process.returncode = 6  # waited for
+
+
+def _is_asleep(pid: int, launcher: int) -> bool:
+    state = thread_state(pid, pid)
+    return pid == launcher or (state is not None and state.asleep)
 
 
 def _state(place: World, *words: str, shell: str = ":", prefix: str = "") -> str:
@@ -166,21 +208,21 @@ def _state(place: World, *words: str, shell: str = ":", prefix: str = "") -> str
 )
 def test_signals_are_as_without(place: World, shell: str, prefix: str) -> None:
     plain = _state(place, *FLOCKSHIM, shell=shell, prefix=prefix)
-    for words in ["--lock", "lock"], ["--lock", "lock", "--timeout", "9"], ["--lock", "lock", "--inherit"]:
-        assert _state(place, *FLOCKSHIM, *words, shell=shell, prefix=prefix) == plain
+    for words in "--lock lock", "--lock lock --timeout 9", "--lock lock --inherit", "--via seccomp":
+        assert _state(place, *FLOCKSHIM, *words.split(), shell=shell, prefix=prefix) == plain
 
 
-def test_a_caller_that_ignores_its_children(place: World) -> None:
+def test_a_caller_that_ignores_its_children(place: World, way: list[str]) -> None:
     """Where SIGCHLD is ignored, the kernel keeps no status: wait(2)."""
     ignoring = (
         "import os, signal, sys; signal.signal(signal.SIGCHLD, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
     )
-    command = [sys.executable, "-c", ignoring, *FLOCKSHIM, "--lock", "lock", "sh", "-c", "exit 7"]
+    command = [sys.executable, "-c", ignoring, *FLOCKSHIM, *way, "sh", "-c", "exit 7"]
     assert subprocess.run(command, env=settings(place), cwd=place.directory, check=False).returncode == 7
 
 
-def test_nohup(place: World) -> None:
-    command = ["nohup", *FLOCKSHIM, "--lock", "lock", *HOLD]
+def test_nohup(place: World, way: list[str]) -> None:
+    command = ["nohup", *FLOCKSHIM, *way, *HOLD]
     process = subprocess.Popen(
         command,
         env=settings(place),
@@ -289,7 +331,7 @@ def test_bg(terminal: Terminal, place: World) -> None:
     terminal.expect("read a word\n")
     terminal.type("wait; echo done")
     terminal.expect("done\n")
-    await_true(lambda: place.free(place.directory / "lock"), "the job to end")
+    await_true(lambda: _is_free(place), "the job to end")
 
 
 def test_a_background_job_that_may_not_write(terminal: Terminal) -> None:
@@ -309,10 +351,10 @@ def test_the_terminal_goes_away(terminal: Terminal, place: World) -> None:
     terminal.close()
     for pid in command, launcher:
         await_end(pid)
-    assert place.free(place.directory / "lock")
+    assert _is_free(place)
 
 
-def test_a_shell_as_command(terminal: Terminal, place: World) -> None:
+def test_a_shell_as_command(terminal: Terminal, place: World, way: list[str]) -> None:
     """It puts itself, and its jobs, into process groups of their own."""
     launcher = _start(terminal, "$F bash --norc --noprofile --noediting -i")
     terminal.type("echo inner $(($$ != 0))")
@@ -329,7 +371,7 @@ def test_a_shell_as_command(terminal: Terminal, place: World) -> None:
     terminal.press("Ctrl-Z")
     terminal.expect("Stopped")
     await_true(lambda: terminal.foreground() == inner, "the inner shell to go on")
-    assert not place.free(place.directory / "lock")
+    assert _is_held(place, way)
     terminal.type("fg")
     await_true(lambda: terminal.foreground() != inner, "the inner job to go on")
     terminal.type("")
@@ -337,13 +379,13 @@ def test_a_shell_as_command(terminal: Terminal, place: World) -> None:
     terminal.type("exit 4")
     terminal.await_shell()
     assert terminal.status() == 4
-    assert place.free(place.directory / "lock")
+    assert _is_free(place)
 
 
-def test_a_session_leader_hands_on_that_its_terminal_is_gone(place: World) -> None:
+def test_a_session_leader_hands_on_that_its_terminal_is_gone(place: World, way: list[str]) -> None:
     """The kernel tells the leader alone, credentials(7): as `ssh -t HOST flockshim --lock …` makes it one."""
     master, slave = os.openpty()
-    with job(place, "--lock", "lock", command=RECORD, prefix=["setsid", "--ctty"], stdin=slave) as running:
+    with job(place, *way, command=RECORD, prefix=["setsid", "--ctty"], stdin=slave) as running:
         os.close(slave)
         running.began()
         os.close(master)

@@ -6,7 +6,9 @@ import os
 
 import pytest
 from support.driver import BUSY, EX, OK, SH, UN, connect, pass_descriptor
-from support.worlds import World
+from support.worlds import ALL, BY_KEEPER, World
+
+WORLDS = ALL
 
 
 @pytest.mark.parametrize("ended", ["close", "kill"])
@@ -121,18 +123,19 @@ def test_a_mapping_of_another_description_does_not_hold(world: World) -> None:
     assert world.free(path)
 
 
-def test_whose_mapping_it_is_cannot_be_told_without_a_descriptor(emulated: World) -> None:
+@pytest.mark.parametrize("world", BY_KEEPER, indirect=True)
+def test_whose_mapping_it_is_cannot_be_told_without_a_descriptor(world: World) -> None:
     """A documented difference: then the lock lasts as long as the mapping, never shorter."""
-    path = emulated.file()
-    driver, fd = emulated.opened()
-    bystander, bystander_fd = emulated.opened()
+    path = world.file()
+    driver, fd = world.opened()
+    bystander, bystander_fd = world.opened()
     address = bystander.ask("mmap", bystander_fd)
     bystander.close(bystander_fd)
     assert driver.flock(fd, EX) == OK
     driver.close(fd)
-    assert not emulated.free(path)
+    assert not world.free(path)
     bystander.ask("munmap", address)
-    assert emulated.free(path)
+    assert world.free(path)
 
 
 def test_a_mapping_of_another_description_in_the_same_process(world: World) -> None:

@@ -1,4 +1,4 @@
-"""What flock(2) promises about one file, natively and under the shim alike."""
+"""What flock(2) promises about one file, natively, under the shim and supervised alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import os
 
 import pytest
 from support.driver import BUSY, EX, NB, OK, SH, UN
-from support.worlds import World
+from support.worlds import ALL, BY_KEEPER, World
+
+WORLDS = ALL
 
 BAD_OPERATIONS = [0, NB, SH | EX, SH | UN, EX | UN, SH | EX | UN, 16, EX | 1024, 1 << 31]
 
@@ -168,35 +170,37 @@ def test_an_upgrade_passes_a_waiting_writer(world: World) -> None:
     assert waiting.result() == OK
 
 
-def test_a_later_reader_waits_behind_a_writer(emulated: World) -> None:
+@pytest.mark.parametrize("world", BY_KEEPER, indirect=True)
+def test_a_later_reader_waits_behind_a_writer(world: World) -> None:
     """First come, first served: natively the late reader may pass, and starve the writer."""
-    first, first_fd = emulated.opened()
-    writer, writer_fd = emulated.opened()
-    late, late_fd = emulated.opened()
+    first, first_fd = world.opened()
+    writer, writer_fd = world.opened()
+    late, late_fd = world.opened()
     assert first.flock(first_fd, SH) == OK
     writing = writer.flock_later(writer_fd, EX)
-    emulated.await_blocked(writing)
+    world.await_blocked(writing)
     reading = late.flock_later(late_fd, SH)
-    emulated.await_blocked(writing, reading)
+    world.await_blocked(writing, reading)
     assert first.flock(first_fd, UN) == OK
     assert writing.result() == OK
-    emulated.await_blocked(reading)
+    world.await_blocked(reading)
     assert writer.flock(writer_fd, UN) == OK
     assert reading.result() == OK
 
 
-def test_writers_are_served_in_the_order_of_their_requests(emulated: World) -> None:
-    holder, held_fd = emulated.opened()
+@pytest.mark.parametrize("world", BY_KEEPER, indirect=True)
+def test_writers_are_served_in_the_order_of_their_requests(world: World) -> None:
+    holder, held_fd = world.opened()
     assert holder.flock(held_fd, EX) == OK
     queue = []
     for _ in range(5):
-        driver, fd = emulated.opened()
+        driver, fd = world.opened()
         queue.append((driver, fd, driver.flock_later(fd, EX)))
-        emulated.await_blocked(queue[-1][2])
+        world.await_blocked(queue[-1][2])
     assert holder.flock(held_fd, UN) == OK
     for index, (driver, fd, call) in enumerate(queue):
         assert call.result() == OK
-        emulated.await_blocked(*(later for _, _, later in queue[index + 1 :]))
+        world.await_blocked(*(later for _, _, later in queue[index + 1 :]))
         assert driver.flock(fd, UN) == OK
 
 

@@ -9,8 +9,9 @@ import subprocess
 import pytest
 from support.driver import EX, NB, OK, SH, UN, Call, Driver
 from support.proc import await_true, thread_state
-from support.programs import program
-from support.worlds import World
+from support.worlds import ALL, World
+
+WORLDS = ALL
 
 SA_RESTART = 0x10000000
 
@@ -153,7 +154,7 @@ def test_the_same_call_can_be_made_again_after_eintr(world: World) -> None:
 
 def test_a_signal_and_the_grant_cross(world: World) -> None:
     done = subprocess.run(
-        [program("crossing"), world.file(), "2000"],
+        [*world.command("crossing"), world.file(), "2000"],
         env=world.environment,
         capture_output=True,
         text=True,
@@ -170,13 +171,13 @@ def test_a_handler_that_jumps_out_of_the_call(world: World) -> None:
     holder, held_fd = world.opened()
     assert holder.flock(held_fd, EX) == OK
     with subprocess.Popen(
-        [program("longjump"), path],
+        [*world.command("longjump"), path],
         env=world.environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as process:
         assert process.stdin is not None and process.stdout is not None
-        world.await_process_blocked(process.pid)
+        world.await_process_blocked(int(process.stdout.readline()))
         process.send_signal(signal.SIGALRM)
         assert process.stdout.readline() == b"jumped\n"
         assert holder.flock(held_fd, UN) == OK

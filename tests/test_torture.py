@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import signal
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from support.board import Torture
+from support.driver import Driver
 from support.groups import ControlGroup
 from support.keepers import Keeper, keepers
 from support.proc import await_end, await_true
+from support.programs import static_program
+from support.supervision import Supervision, settings
 from support.worlds import World
 
 import flockshim
@@ -90,6 +95,56 @@ def test_two_keepers(torture: Torture, rendezvous: Path, group: ControlGroup, re
     for seat in range(load.processes):
         torture.sit(seat, load.each, reads, group.prefix if seat % 2 else ())
     _torment(torture, rendezvous, load, 2)
+
+
+class Supervised:
+    """A process that a supervised driver has started: as far as it goes a `subprocess.Popen`."""
+
+    def __init__(self, starter: Driver, *words: object) -> None:
+        self.pid = starter.ask("run", *words)
+        self._handle = os.pidfd_open(self.pid)
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, number)
+
+    def wait(self, timeout: float = DEADLINE) -> int:
+        """The starter leaves it a zombie, and so its status to be read."""
+        assert select.select([self._handle], [], [], timeout)[0], f"process {self.pid} still runs"
+        status = int(Path(f"/proc/{self.pid}/stat").read_text().split()[-1])
+        return os.waitstatus_to_exitcode(status)
+
+
+class SupervisedTorture(Torture):
+    """All seats under one supervisor."""
+
+    def __init__(self, path: Path, board: Path, supervision: Supervision) -> None:
+        super().__init__(path, board, supervision.fleet.environment)
+        self._supervision = supervision
+        self._starter = supervision.start(supervision.fleet)
+
+    def _start(self, seat: int) -> None:
+        words = [static_program("torture"), self.path, self.board_path, seat, self.targets[seat], self.reads[seat]]
+        self.seats[seat] = Supervised(self._starter, *words)
+
+    def failures(self) -> str:
+        return super().failures() + self._supervision.fleet.errors()
+
+
+@pytest.mark.parametrize("reads", [0, 2], ids=["writers", "readers and writers"])
+def test_under_one_supervisor(nolock_dir: Path, rendezvous: Path, tmp_path: Path, reads: int) -> None:
+    supervision = Supervision(settings(rendezvous))
+    descriptors = supervision.descriptors()
+    torture = SupervisedTorture(nolock_dir / "counter", tmp_path / "board", supervision)
+    load = Load(16, 40, 30, 10)
+    try:
+        for seat in range(load.processes):
+            torture.sit(seat, load.each, reads)
+        _torment(torture, rendezvous, load, 1)
+        supervision.await_idle(descriptors)
+    finally:
+        torture.end()
+        supervision.end()
 
 
 def test_the_check_sees_what_happens_without_a_lock(torture: Torture) -> None:

@@ -3,8 +3,8 @@
  *   look         behind one that looks at the arguments of flock(2), and lets every call pass
  *   trace-all    under ptrace(2), stopped at the begin and end of every call
  *   trace-locks  under ptrace(2), stopped by a filter at each flock(2)
- * Both tracers answer flock(2) with success instead of the kernel, which is the least that one could
- * do that answers lock calls. Of what COMMAND starts they know nothing.
+ * Both tracers answer flock(2) with success instead of the kernel, which is the least that one
+ * could do that answers lock calls. Of what COMMAND starts they know nothing.
  */
 #include <errno.h>
 #include <linux/audit.h>
@@ -12,6 +12,7 @@
 #include <linux/seccomp.h>
 #include <signal.h>
 #include <stddef.h>
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

@@ -4,10 +4,12 @@
  *     confine EPERM:kcmp,pidfd_getfd ENOSYS:statx -- COMMAND ARG…
  *
  * by a filter of seccomp(2), which all that the command starts inherit: the keeper too. A call that
- * these headers have no number for fails on this system anyway, and is passed over.
+ * these headers have no number for fails on this system anyway, and is passed over. NOTIFY in place
+ * of an errno has calls reported to a listener, as some containers do; nobody answers them.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/audit.h>
 #include <linux/filter.h>
 #include <linux/seccomp.h>
@@ -27,11 +29,20 @@ struct named {
     int number;
 };
 
-static const struct named errnos[] = {
-    {"EPERM", EPERM}, {"ENOSYS", ENOSYS}, {"EMFILE", EMFILE}, {"ENOMEM", ENOMEM}};
+/* What happens to a call: seccomp(2). */
+static const struct named answers[] = {
+    {"0", SECCOMP_RET_ERRNO},
+    {"EPERM", SECCOMP_RET_ERRNO | EPERM},
+    {"ENOSYS", SECCOMP_RET_ERRNO | ENOSYS},
+    {"EMFILE", SECCOMP_RET_ERRNO | EMFILE},
+    {"ENOMEM", SECCOMP_RET_ERRNO | ENOMEM},
+    {"NOTIFY", 0x7fc00000},
+};
 
 static const struct named calls[] = {
     CALL(kcmp),
+    CALL(flock),
+    CALL(acct),
     CALL(inotify_init1),
     CALL(inotify_add_watch),
     CALL(memfd_create),
@@ -81,8 +92,11 @@ static const struct named calls[] = {
 
 enum { MOST_STEPS = 256 };
 
+enum { NEW_LISTENER = 1 << 3 }; /* Linux 5.0 */
+
 static struct sock_filter steps[MOST_STEPS];
 static unsigned short count;
+static unsigned flags;
 
 static void add(struct sock_filter step) {
     if (count == MOST_STEPS) {
@@ -104,26 +118,29 @@ static const struct named *find(const struct named *table, size_t size, const ch
 /* RULE is ERRNO:CALL,CALL… */
 static void forbid(char *rule) {
     const char *name = strsep(&rule, ":");
-    const struct named *error = find(errnos, sizeof errnos / sizeof *errnos, name);
+    const struct named *answer = find(answers, sizeof answers / sizeof *answers, name);
+
+    if (strcmp(name, "NOTIFY") == 0)
+        flags = NEW_LISTENER;
 
     while ((name = strsep(&rule, ","))) {
         const struct named *call = find(calls, sizeof calls / sizeof *calls, name);
 
         add((struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (unsigned)call->number, 0, 1));
-        add((struct sock_filter)BPF_STMT(BPF_RET | BPF_K,
-                                         SECCOMP_RET_ERRNO | (unsigned)error->number));
+        add((struct sock_filter)BPF_STMT(BPF_RET | BPF_K, (unsigned)answer->number));
     }
 }
 
 static int install(void) {
     struct sock_fprog program = {.len = count, .filter = steps};
 
+    long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
+
     /* Root may do so without PR_SET_NO_NEW_PRIVS, which would disarm set-uid programs. */
-    if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0)
-        return 0;
-    if (errno != EACCES || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0)
-        return -1;
-    return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
+    if (result < 0 && errno == EACCES && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+        result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
+    /* The listener lives as long as the command. */
+    return result > 0 ? fcntl((int)result, F_SETFD, 0) : (int)result;
 }
 
 int main(int argc, char **argv) {

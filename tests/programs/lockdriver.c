@@ -249,6 +249,17 @@ static long do_spawn(struct request *rq) {
     return failed ? -1 : child;
 }
 
+/* Another program, with what follows its name as its arguments. */
+static long do_run(struct request *rq) {
+    pid_t child;
+    char *words[ARGS_MAX + 1] = {NULL};
+    for (int i = 0; i < ARGS_MAX; i++)
+        words[i] = (char *)rq->arg[i];
+    int failed = posix_spawn(&child, words[0], NULL, NULL, words, environ);
+    errno = failed ? failed : ERRNO_BEFORE;
+    return failed ? -1 : child;
+}
+
 static long do_exec(struct request *rq) {
     char control[16];
     snprintf(control, sizeof control, "%d", rq->control);
@@ -343,9 +354,9 @@ static const struct {
     COMMAND(munmap),     COMMAND(flock),     COMMAND(probe),     COMMAND(vforkflock),
     COMMAND(flocklater), COMMAND(fork),      COMMAND(spawn),     COMMAND(exec),
     COMMAND(thread),     COMMAND(endthread), COMMAND(mainexit),  COMMAND(unsharefiles),
-    COMMAND(wait),       COMMAND(exit),      COMMAND(sigaction), COMMAND(sigignore),
-    COMMAND(sigcount),   COMMAND(sigthread), COMMAND(chdir),     COMMAND(clearenv),
-    COMMAND(maxfiles),
+    COMMAND(run),        COMMAND(wait),      COMMAND(exit),      COMMAND(sigaction),
+    COMMAND(sigignore),  COMMAND(sigcount),  COMMAND(sigthread), COMMAND(chdir),
+    COMMAND(clearenv),   COMMAND(maxfiles),
 };
 
 static void obey(struct request *rq) {

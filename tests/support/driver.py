@@ -133,9 +133,9 @@ class Driver:
         """A child, by fork(2)."""
         return self._offspring("fork")
 
-    def spawn(self, without_preload: bool = False) -> Driver:
-        """A child with a fresh program, by posix_spawn(3)."""
-        return self._offspring("spawn", int(without_preload))
+    def spawn(self, without_preload: bool = False, fleet: Fleet | None = None) -> Driver:
+        """A child with a fresh program, by posix_spawn(3); one of another FLEET's, if that is given."""
+        return self._offspring("spawn", int(without_preload), fleet=fleet)
 
     def thread(self) -> Driver:
         """Another thread of this process that takes commands."""
@@ -146,12 +146,11 @@ class Driver:
         thread.tid = int(tid)
         return thread
 
-    def _offspring(self, name: str, *args: object) -> Driver:
+    def _offspring(self, name: str, *args: object, fleet: Fleet | None = None) -> Driver:
         ours, theirs = control_pair()
         with theirs:
             pid = self.ask(name, *args, passed=theirs.fileno())
-        child = Driver(pid, ours, self.fleet)
-        return child
+        return Driver(pid, ours, fleet or self.fleet)
 
     def exec(self, without_preload: bool = False) -> None:
         """Become a fresh program with the same descriptors."""

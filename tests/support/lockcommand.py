@@ -78,6 +78,14 @@ def locks_table(world: World, *paths: Path) -> str:
     return done.stdout
 
 
+def descendants(pid: int) -> list[int]:
+    """The children of PID, theirs, and so on: the youngest first."""
+    found = []
+    for child in children(pid):
+        found += [*descendants(child), child]
+    return found
+
+
 class Job:
     """``flockshim WORDS`` whose COMMAND lasts until it is told to end."""
 
@@ -114,6 +122,12 @@ class Job:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
+    def close_input(self) -> None:
+        """Let COMMAND, and whoever else reads it, come to the end of the standard input."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.stdin = None
+
     def finish(self, number: int = 0) -> tuple[int, str]:
         """Let COMMAND exit with NUMBER; the status of the job, and what was written to standard error."""
         self.tell(str(number))
@@ -125,10 +139,9 @@ class Job:
         return self.process.wait(DEADLINE), self.process.stderr.read()
 
     def end(self) -> None:
-        for pid in children(self.process.pid):
+        for pid in [*descendants(self.process.pid), self.process.pid]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.process.kill()
         # What else has been left running reads from the pipe that is closed here.
         self.process.communicate(timeout=DEADLINE)
 

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from support.proc import await_true, thread_state
+from support.proc import await_true, children, thread_state
 
 RECVFROM_SYSCALL = {"x86_64": 45, "aarch64": 207}.get(os.uname().machine, -1)
+FLOCK_SYSCALL = {"x86_64": 73, "aarch64": 32}.get(os.uname().machine, -1)
 DEADLINE = 60.0
 """Seconds after which a uv that has not ended counts as hanging."""
 
@@ -32,18 +33,20 @@ def newest() -> str:
     return str(json.loads(report)["install"][0]["metadata"]["version"])
 
 
-def fetched(version: str) -> Path:
+def fetched(version: str, static: bool = False) -> Path:
     """The executable of uv VERSION, from the user's cache directory or else from the index.
 
+    :param static: the build for musl instead of the one for this system.
     :raises NoRegistryError: when it is in neither.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flockshim-tests"
-    target = cache / f"uv-{version}"
+    target = cache / (f"uv-{version}-static" if static else f"uv-{version}")
+    platform = [f"--platform=musllinux_1_1_{os.uname().machine}"] if static else []
     if not target.exists():
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as scratch:
             fresh = Path(scratch) / "uv"
-            _pip("install", "--no-deps", "--only-binary=:all:", f"--target={fresh}", f"uv=={version}")
+            _pip("install", "--no-deps", "--only-binary=:all:", *platform, f"--target={fresh}", f"uv=={version}")
             try:
                 fresh.rename(target)
             except OSError:  # another session was quicker
@@ -169,7 +172,7 @@ def await_waiting(process: subprocess.Popen[str], lock: Path) -> None:
 
     uv writes the line, with a path that may be relative, after LOCK_NB was refused and before it
     asks again without. Of its threads only one that waits for the keeper sleeps in recvfrom(2):
-    its own sockets don't block.
+    its own sockets don't block. Under a supervisor it sleeps in flock(2) itself.
     """
     assert process.stderr
     said = []
@@ -179,10 +182,16 @@ def await_waiting(process: subprocess.Popen[str], lock: Path) -> None:
             break
     else:
         raise AssertionError(f"{process.args!r} did not wait for {lock}: {''.join(said)}")
-    await_true(lambda: _sleeps_in_recvfrom(process.pid), f"{process.args!r} to wait for the keeper")
+    await_true(lambda: _one_sleeps_in_lock_call(process.pid), f"{process.args!r} to wait for the keeper")
     assert process.poll() is None
 
 
-def _sleeps_in_recvfrom(pid: int) -> bool:
-    states = [thread_state(pid, int(tid)) for tid in os.listdir(f"/proc/{pid}/task")]
-    return any(state and state.asleep and state.syscall == RECVFROM_SYSCALL for state in states)
+def _one_sleeps_in_lock_call(pid: int) -> bool:
+    """Whether a thread of the process does, or of one that descends from it."""
+    try:
+        states = [thread_state(pid, int(tid)) for tid in os.listdir(f"/proc/{pid}/task")]
+    except FileNotFoundError:
+        return False
+    if any(state and state.asleep and state.syscall in (RECVFROM_SYSCALL, FLOCK_SYSCALL) for state in states):
+        return True
+    return any(_one_sleeps_in_lock_call(child) for child in children(pid))

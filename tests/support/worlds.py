@@ -1,15 +1,25 @@
-"""The two worlds that must not differ: a file system whose kernel locks, and one under the shim."""
+"""The worlds that must not differ: a file system whose kernel locks, one under the shim, and both supervised."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from support.driver import EX, Call, Driver, Fleet
 from support.proc import await_true, thread_state
+from support.programs import program, static_program
+
+if TYPE_CHECKING:
+    from support.supervision import Supervision
 
 FLOCK_SYSCALL = {"x86_64": 73, "aarch64": 32}.get(platform.machine(), -1)
+
+
+ALL = ["native", "emulated", "supervised", "supervised, kernel"]
+BY_KEEPER = ["emulated", "supervised"]
 
 
 class World:
@@ -23,11 +33,16 @@ class World:
         self.emulated = name == "emulated"
         self.prefix = prefix
         self.fleet = Fleet(environment)
+        self.supervised = False
         self._prober: Driver | None = None
 
     def start(self) -> Driver:
         """A new process of this world."""
         return self.fleet.start(None, *self.prefix)
+
+    def command(self, name: str) -> list[str]:
+        """The words that run tests/programs/NAME.c in this world."""
+        return [*self.prefix, str(program(name))]
 
     def file(self, name: str = "file") -> Path:
         """An empty file in this world's directory."""
@@ -63,6 +78,10 @@ class World:
     def await_process_blocked(self, pid: int) -> None:
         """The same of a program that is no driver, single-threaded, and must not return meanwhile."""
         await_true(lambda: self._all_wait([(pid, pid)]), f"process {pid} to wait")
+
+    def at_rest(self, call: Call) -> object:
+        """What changes as soon as the lock of a waiting call is granted, and the keeper has done what it does then."""
+        return thread_state(call.driver.pid, call.tid)
 
     def _quiescent(self, calls: Sequence[Call]) -> bool:
         for call in calls:
@@ -103,3 +122,45 @@ class World:
         errors = self.fleet.errors()
         self.fleet.end()
         return errors
+
+
+class SupervisedWorld(World):
+    """Static programs under a supervisor, which a world shares with others: where the kernel locks, or where not."""
+
+    def __init__(self, name: str, directory: Path, supervision: Supervision, environment: Mapping[str, str]) -> None:
+        from support.supervision import LAUNCHER  # noqa: PLC0415  (the native world is tested without the product)
+
+        super().__init__(name, directory, environment, *LAUNCHER)
+        self.supervised = True
+        self.emulated = "kernel" not in name
+        self.supervision = supervision
+
+    def start(self) -> Driver:
+        return self.supervision.start(self.fleet)
+
+    def command(self, name: str) -> list[str]:
+        return [*self.prefix, str(static_program(name))]
+
+    def at_rest(self, call: Call) -> object:
+        return self._waiting({call.driver.pid})
+
+    def _all_wait(self, threads: Sequence[tuple[int, int]]) -> bool:
+        """A call waits when its thread sleeps in flock(2), and it is in the keeper's queue or in the kernel's.
+
+        What is left in a queue of calls that were interrupted would count for them, so the numbers must be the same.
+        """
+        states = [thread_state(*thread) for thread in threads]
+        if not all(state and state.asleep and state.syscall == FLOCK_SYSCALL for state in states):
+            return False
+        expected = Counter(pid for pid, _ in threads)
+        return self._waiting(expected) == expected
+
+    def _waiting(self, pids: Container[int]) -> Counter[int]:
+        from support.supervision import waiting  # noqa: PLC0415
+
+        return waiting(self.environment, pids)
+
+    def end(self) -> str:
+        errors = super().end()
+        self.supervision.reap()
+        return errors + self.supervision.errors()

@@ -1,0 +1,4 @@
+/* A static program that does nothing. */
+int main(void) {
+    return 0;
+}
