@@ -1,12 +1,12 @@
 /* Programs that start others: the user is told once of a child that will not have the library in
  * it. Often called where little is allowed, in a child of vfork(2), after a fork in a program with
- * threads, or in a signal handler: so nothing is written but the stack, and that is small.
- *
- * posix_spawn(3) is not among them: before glibc 2.34 there may be no way to libc's own. */
+ * threads, or in a signal handler: so nothing is written but the stack, and that is small. */
 #include <errno.h>
 #include <stddef.h>
+#include <sys/types.h>
 
 #include "config.h"
+#include "next.h"
 #include "reach.h"
 #include "report.h"
 #include "syscalls.h"
@@ -23,22 +23,17 @@
 EXPORTED int execve(const char *path, char *const arguments[], char *const environment[]);
 EXPORTED int execv(const char *path, char *const arguments[]);
 EXPORTED int execvp(const char *file, char *const arguments[]);
-
-extern void *dlsym(void *handle, const char *name) __attribute__((weak));
-extern int execvpe(const char *file, char *const arguments[], char *const environment[])
-    __attribute__((weak));
-
-#define RTLD_NEXT ((void *)-1L)
+EXPORTED int posix_spawn(pid_t *child, const char *path, const void *actions,
+                         const void *attributes, char *const arguments[],
+                         char *const environment[]);
+EXPORTED int posix_spawnp(pid_t *child, const char *file, const void *actions,
+                          const void *attributes, char *const arguments[],
+                          char *const environment[]);
 
 typedef int execve_function(const char *, char *const[], char *const[]);
 typedef int execv_function(const char *, char *const[]);
-
-/* Another preloaded library may have these functions too (fakechroot has), and must be called. It
- * needs dlsym(3) itself, so where that is missing there is only libc behind us. */
-static struct {
-    execve_function *execve;
-    execv_function *execv, *execvp;
-} next;
+typedef int spawn_function(pid_t *, const char *, const void *, const void *, char *const[],
+                           char *const[]);
 
 /* Empty where nothing is to be told. */
 static char the_run[TOLD_MAX_RUN + 1];
@@ -110,11 +105,6 @@ static void note_run(const char *run) {
 __attribute__((constructor)) static void prepare(void) {
     struct wishes wishes = wishes_of(own_environment());
 
-    if (dlsym) {
-        next.execve = (execve_function *)dlsym(RTLD_NEXT, "execve");
-        next.execv = (execv_function *)dlsym(RTLD_NEXT, "execv");
-        next.execvp = (execv_function *)dlsym(RTLD_NEXT, "execvp");
-    }
     if (wishes.run && !wishes.silence)
         note_run(wishes.run);
 }
@@ -147,8 +137,8 @@ static int has_slash(const char *file) {
     return 0;
 }
 
-/* What execvp(3) will find: the first that can be executed. */
-APART static void consider_found(const char *file) {
+/* What a search will find: the first that can be executed. */
+APART static void consider_found(const char *file, char *const *environment) {
     const char *at = search_path();
     char path[MAX_PATH];
 
@@ -161,7 +151,7 @@ APART static void consider_found(const char *file) {
             text_add(&text, "/");
         text_add(&text, file);
         if (!text.truncated && reach_is_program(path)) {
-            consider(path, own_environment());
+            consider(path, environment);
             return;
         }
         if (!*at)
@@ -174,31 +164,55 @@ static int by_kernel(const char *path, char *const arguments[], char *const envi
     return -1;
 }
 
+static void consider_file(const char *file, char *const *environment) {
+    if (has_slash(file))
+        consider(file, environment);
+    else if (*file)
+        consider_found(file, environment);
+}
+
 int execve(const char *path, char *const arguments[], char *const environment[]) {
+    execve_function *function = (execve_function *)next_function(NEXT_EXECVE);
+
     if (*the_run)
         consider(path, environment);
-    if (next.execve)
-        return next.execve(path, arguments, environment);
-    return by_kernel(path, arguments, environment);
+    return function ? function(path, arguments, environment)
+                    : by_kernel(path, arguments, environment);
 }
 
 int execv(const char *path, char *const arguments[]) {
+    execv_function *function = (execv_function *)next_function(NEXT_EXECV);
+
     if (*the_run)
         consider(path, own_environment());
-    if (next.execv)
-        return next.execv(path, arguments);
-    return by_kernel(path, arguments, own_environment());
+    return function ? function(path, arguments) : by_kernel(path, arguments, own_environment());
 }
 
 int execvp(const char *file, char *const arguments[]) {
-    if (*the_run && has_slash(file))
-        consider(file, own_environment());
-    else if (*the_run && *file)
-        consider_found(file);
-    if (next.execvp)
-        return next.execvp(file, arguments);
-    if (execvpe)
-        return execvpe(file, arguments, own_environment());
+    execv_function *function = (execv_function *)next_function(NEXT_EXECVP);
+
+    if (*the_run)
+        consider_file(file, own_environment());
+    if (function)
+        return function(file, arguments);
     errno = ENOSYS;
     return -1;
+}
+
+int posix_spawn(pid_t *child, const char *path, const void *actions, const void *attributes,
+                char *const arguments[], char *const environment[]) {
+    spawn_function *function = (spawn_function *)next_function(NEXT_POSIX_SPAWN);
+
+    if (*the_run)
+        consider(path, environment);
+    return function ? function(child, path, actions, attributes, arguments, environment) : ENOSYS;
+}
+
+int posix_spawnp(pid_t *child, const char *file, const void *actions, const void *attributes,
+                 char *const arguments[], char *const environment[]) {
+    spawn_function *function = (spawn_function *)next_function(NEXT_POSIX_SPAWNP);
+
+    if (*the_run)
+        consider_file(file, environment);
+    return function ? function(child, file, actions, attributes, arguments, environment) : ENOSYS;
 }

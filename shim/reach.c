@@ -135,9 +135,8 @@ static const char *find_interpreter(const struct file *file, char *name) {
 }
 
 /* Nothing else may be opened: that alone makes a difference to a FIFO, or to a tape. */
-static int is_executable_file(const char *path, struct stat *status) {
-    return sys4(SYS_newfstatat, AT_FDCWD, path, status, 0) == 0 && S_ISREG(status->st_mode) &&
-           (status->st_mode & 0111);
+static int is_regular_file(const char *path, struct stat *status) {
+    return sys4(SYS_newfstatat, AT_FDCWD, path, status, 0) == 0 && S_ISREG(status->st_mode);
 }
 
 /* capabilities(7), and inode(7): without the execute bit set-gid is no privilege. */
@@ -159,7 +158,7 @@ static const char *look_at_program(struct reach *reach, int preloads) {
     const char *next = NULL;
     long length;
 
-    if (!is_executable_file(reach->program, &status))
+    if (!is_regular_file(reach->program, &status))
         return NULL;
     file.descriptor = (int)sys4(SYS_openat, AT_FDCWD, reach->program,
                                 O_RDONLY | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0);
@@ -196,5 +195,5 @@ int reach_is_out_of(struct reach *reach, const char *path, int preloads) {
 int reach_is_program(const char *path) {
     struct stat status;
 
-    return is_executable_file(path, &status) && may_execute(path);
+    return is_regular_file(path, &status) && may_execute(path);
 }

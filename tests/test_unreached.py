@@ -28,7 +28,8 @@ GO = "is a Go program"
 FOREIGN = "is built for another kind of machine"
 WITHOUT = "is started without LD_PRELOAD"
 
-NOBODY = 65534
+# Type and machine of a program for this one: elf(5).
+MACHINE = Path(sys.executable).read_bytes()[16:20]
 DAY = 24 * 60 * 60
 
 SOURCE = '#include <stdio.h>\nint main(void) { puts("ran"); return 0; }\n'
@@ -121,6 +122,7 @@ STARTERS: dict[str, Sequence[str]] = {
     "sh": ("sh", "-c", "{}; {}"),
     "sh exec": ("sh", "-c", "{}; exec {}"),
     "bash": ("bash", "-c", "{}; {}"),
+    "make": ("make", "-s", "-f", "{makefile}"),
     "pipeline": ("bash", "-c", "{} | cat; {}"),
     "substitution": ("bash", "-c", 'echo "$({})"; {}'),
     "subprocess": (*PYTHON, "import subprocess as s; s.run(['{}']); s.run('{}', close_fds=False)"),
@@ -138,8 +140,10 @@ STARTERS: dict[str, Sequence[str]] = {
 
 
 @pytest.mark.parametrize("starter", STARTERS)
-def test_each_starter_tells_once(environment: dict[str, str], static: Path, starter: str) -> None:
-    command = [word.format(static, static) for word in STARTERS[starter]]
+def test_each_starter_tells_once(environment: dict[str, str], static: Path, tmp_path: Path, starter: str) -> None:
+    makefile = tmp_path / "Makefile"
+    makefile.write_text(f"all:\n\t{static}\n\t{static}\n")
+    command = [word.format(static, static, makefile=makefile) for word in STARTERS[starter]]
     require(shutil.which(command[0]), f"no {command[0]}", f"apt install {command[0]}")
     done = run(environment, *command)
     assert done.stdout == "ran\nran\n"
@@ -148,7 +152,7 @@ def test_each_starter_tells_once(environment: dict[str, str], static: Path, star
 
 @pytest.mark.parametrize("compiler", ["cc", "musl-gcc"])
 @pytest.mark.parametrize("how", ["exec", "fork", "vfork", "thread", "signal"])
-@pytest.mark.parametrize("function", ["execve", "execv", "execvp", "bare"])
+@pytest.mark.parametrize("function", ["execve", "execv", "execvp", "bare", "posix_spawn", "posix_spawnp"])
 def test_each_function_in_each_c_library(
     environment: dict[str, str], static: Path, compiler: str, how: str, function: str
 ) -> None:
@@ -185,6 +189,20 @@ def test_execvp_searches_as_libc_does(
     assert search(long, "plain", "directory", "plain/prog", "good") == line(f"{tmp_path}/good/prog", STATIC)
 
 
+def test_a_path_too_long_to_look_at_is_not_taken_for_a_shorter_one(
+    environment: dict[str, str], static: Path, dynamic: Path, tmp_path: Path
+) -> None:
+    # Of the last of the two names, 1023 bytes are the first.
+    directory = str(tmp_path)
+    while len(directory) < 1018:
+        directory += "/" + "d" * min(200, 1018 - len(directory) - 1)
+    os.makedirs(directory)
+    shutil.copy(static, f"{directory}/prog")
+    shutil.copy(dynamic, f"{directory}/program")
+    done = run({**environment, "PATH": directory}, program("starter"), "exec", "execvp", "program")
+    assert (done.stdout, done.stderr) == ("ran\n", "")
+
+
 def test_execvp_looks_where_it_is_without_a_directory(
     environment: dict[str, str], static: Path, tmp_path: Path
 ) -> None:
@@ -215,6 +233,51 @@ def test_go_programs(environment: dict[str, str], go_built: Callable[[str], Path
     assert run(environment, "sh", "-c", f"{path}").stderr == line(path, GO)
 
 
+INTERPRETED, NOTED = 3, 4
+GO_NOTE = struct.pack("<III4s8s", 4, 8, 4, b"Go", b"build id")
+
+
+def noted(*notes: bytes, alignment: int = 4, at: int = 256) -> bytes:
+    """The beginning of a dynamically linked program with these notes, elf(5)."""
+    data = b"".join(notes)
+    header = b"\x7fELF\2\1\1" + bytes(9) + MACHINE + struct.pack("<IQQQIHHHHHH", 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    segments = struct.pack("<IIQQQQQQ", INTERPRETED, 4, 64, 0, 0, 8, 8, 1)
+    segments += struct.pack("<IIQQQQQQ", NOTED, 4, at, 0, 0, len(data), len(data), alignment)
+    return (header + segments).ljust(at, b"\0") + data
+
+
+def note(owner: bytes, kind: int, description: bytes, alignment: int = 4) -> bytes:
+    data = struct.pack("<III", len(owner), len(description), kind) + owner
+    data = data.ljust(-(-len(data) // alignment) * alignment, b"\0") + description
+    return data.ljust(-(-len(data) // alignment) * alignment, b"\0")
+
+
+@pytest.mark.parametrize(
+    ("data", "tells"),
+    [
+        (noted(GO_NOTE), True),
+        (noted(GO_NOTE, at=1020), True),
+        (noted(GO_NOTE, at=3000), True),
+        (noted(note(b"GNU\0", 1, b"12345"), GO_NOTE), True),
+        (noted(note(b"longer\0", 1, b"1234"), GO_NOTE), True),
+        (noted(note(b"GNU\0", 5, b"x" * 12, 8), GO_NOTE, alignment=8), True),
+        (noted(note(b"GNU\0", 4, b"1234")), False),
+        (noted(note(b"Go\0\0", 5, b"1234")), False),
+        (noted(note(b"Gopher\0", 4, b"1234")), False),
+        (noted(GO_NOTE)[:-12], False),
+        (noted(note(b"x" * 9, 9, b"")[:8] + b"\xff" * 8, GO_NOTE), False),
+        (noted(), False),
+    ],
+)
+def test_the_note_of_go(environment: dict[str, str], tmp_path: Path, data: bytes, tells: bool) -> None:
+    path = tmp_path / "program"
+    path.write_bytes(data)
+    path.chmod(0o755)
+    done = run(environment, program("starter"), "exec", "execve", path)
+    assert done.stderr == (line(path, GO) if tells else "")
+    assert "0 descriptors more" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
@@ -237,7 +300,7 @@ def test_programs_of_other_machines(
 
 
 def test_scripts_of_static_interpreters(environment: dict[str, str], static: Path, tmp_path: Path) -> None:
-    inner = script(tmp_path / "inner", f" \t{static} an argument")
+    inner = script(tmp_path / "inner", f" \t{static}\tan argument")
     outer = script(tmp_path / "outer", inner)
     assert told(environment, "sh", "-c", f"{outer}") == line(static, STATIC)
 
@@ -331,22 +394,40 @@ def test_programs_with_capabilities(environment: dict[str, str], static: Path, t
     assert told(environment, "sh", "-c", f"{path}") == ""
 
 
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.ENOEXEC, errno.ELOOP, errno.EFAULT])
-def test_what_cannot_be_executed(environment: dict[str, str], static: Path, tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize(
+    ("case", "number"),
+    [
+        ("missing", errno.ENOENT),
+        ("not executable", errno.EACCES),
+        ("interpreter not executable", errno.EACCES),
+        ("no program", errno.ENOEXEC),
+        ("its own interpreter", errno.ELOOP),
+        ("NULL", errno.EFAULT),
+    ],
+)
+def test_what_cannot_be_executed(
+    environment: dict[str, str], static: Path, tmp_path: Path, case: str, number: int
+) -> None:
     """The errno is that of libc, no descriptor is left, and nothing is told."""
     path = tmp_path / "it"
-    if number == errno.EACCES:
-        shutil.copy(static, path)
-        path.chmod(0o644)
-    elif number == errno.ENOEXEC:
+    plain = tmp_path / "plain"
+    shutil.copy(static, plain)
+    plain.chmod(0o644)
+    if case == "not executable":
+        path = plain
+    elif case == "interpreter not executable":
+        script(path, plain)
+    elif case == "no program":
         path.write_bytes(b"\x7fELF")
         path.chmod(0o755)
-    elif number == errno.ELOOP:
+    elif case == "its own interpreter":
         script(path, path)
     # execvp(3) has no answer to NULL, and gives a file of no known format to the shell.
-    functions = ["execve", "execv", "bare", *(["execvp"] if number in (errno.ENOENT, errno.EACCES) else [])]
+    functions = ["execve", "execv", "bare", "posix_spawn"]
+    if number in (errno.ENOENT, errno.EACCES):
+        functions += ["execvp", "posix_spawnp"]
     for function in functions:
-        command = [program("starter"), "vfork", function, *([path] if number != errno.EFAULT else [])]
+        command = [program("starter"), "exec", function, *([path] if case != "NULL" else [])]
         done = run(environment, *command)
         assert (done.stdout, done.stderr) == (f"errno {number}, 0 descriptors more\n", "")
         assert run(without_library(environment), *command).stdout == done.stdout
@@ -378,7 +459,8 @@ def test_a_fifo_is_not_opened(environment: dict[str, str], tmp_path: Path) -> No
         ({"FLOCKSHIM_VIA": "seccomp"}, False),
         ({"FLOCKSHIM_VIA": "auto"}, True),
         ({"FLOCKSHIM_RUN": ""}, False),
-        ({"FLOCKSHIM_RUN": "../../up"}, False),
+        ({"FLOCKSHIM_RUN": "/../up"}, False),
+        ({"FLOCKSHIM_RUN": "name"}, False),
     ],
 )
 def test_who_wants_to_be_told(
@@ -541,11 +623,14 @@ NEXT = r"""
 NEXT(execve, (const char *f, char *const a[], char *const e[]), (f, a, e))
 NEXT(execv, (const char *f, char *const a[]), (f, a))
 NEXT(execvp, (const char *f, char *const a[]), (f, a))
+#define SPAWN (pid_t *p, const char *f, const void *x, const void *y, char *const a[], char *const e[])
+NEXT(posix_spawn, SPAWN, (p, f, x, y, a, e))
+NEXT(posix_spawnp, SPAWN, (p, f, x, y, a, e))
 """
 
 
 @pytest.mark.parametrize("compiler", ["cc", "musl-gcc"])
-@pytest.mark.parametrize("function", ["execve", "execv", "execvp"])
+@pytest.mark.parametrize("function", ["execve", "execv", "execvp", "posix_spawn", "posix_spawnp"])
 def test_another_library_that_has_these_functions(
     environment: dict[str, str], static: Path, tmp_path: Path, compiler: str, function: str
 ) -> None:
@@ -556,4 +641,39 @@ def test_another_library_that_has_these_functions(
     subprocess.run([compiler, "-shared", "-fPIC", "-w", "-o", library, tmp_path / "next.c"], check=True)
     environment["LD_PRELOAD"] += f":{library}"
     done = run(environment, program("starter", compiler), "exec", function, static)
-    assert (done.stdout, done.stderr) == (f"{function} ran\n", line(static, STATIC))
+    assert (done.stdout.splitlines()[0], done.stderr) == (f"{function} ran", line(static, STATIC))
+
+
+EARLY = r"""
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+extern char **environ;
+int early_status = -1;
+__attribute__((constructor)) static void early(void) {
+    char *arguments[] = {"/bin/true", NULL};
+    pid_t child;
+    if (posix_spawn(&child, *arguments, NULL, NULL, arguments, environ) || waitpid(child, &early_status, 0) < 0)
+        _exit(99);
+    if ((child = vfork()) == 0) {
+        execvp("true", arguments);
+        _exit(98);
+    }
+    waitpid(child, &early_status, 0);
+    if (early_status)
+        _exit(97);
+}
+"""
+
+
+@pytest.mark.parametrize("compiler", ["cc", "musl-gcc"])
+def test_a_library_that_starts_programs_before_ours_is_ready(
+    environment: dict[str, str], tmp_path: Path, compiler: str
+) -> None:
+    require(shutil.which(compiler), f"no {compiler}", "apt install gcc libc6-dev musl-tools")
+    (tmp_path / "early.c").write_text(EARLY)
+    (tmp_path / "main.c").write_text("extern int early_status; int main(void) { return early_status; }\n")
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", tmp_path / "early.so", tmp_path / "early.c"], check=True)
+    words = ["-o", tmp_path / "main", tmp_path / "main.c", tmp_path / "early.so"]
+    subprocess.run([compiler, *words], check=True)
+    assert told(environment, tmp_path / "main") == ""

@@ -1,6 +1,7 @@
 /* Starts a program in one of many ways:
  *
- *     starter exec|fork|vfork|thread|signal execve|execv|execvp|bare [FILE [ARG...]]
+ *     starter exec|fork|vfork|thread|signal execve|execv|execvp|posix_spawn|posix_spawnp|bare \
+ *         [FILE [ARG...]]
  *
  * `bare` is execve with no environment at all; without FILE the path is NULL. Prints the errno that
  * is left, and how many descriptors are open more than before. */
@@ -10,6 +11,7 @@
 #include <limits.h>
 #include <pthread.h>
 #include <signal.h>
+#include <spawn.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,6 +26,8 @@
 
 /* What a program may hope for beside the signal's own frame. */
 #define SMALL_STACK 7168
+/* musl allows less, with which its own posix_spawn(3) fails. */
+#define SMALL_THREAD (PTHREAD_STACK_MIN > 16384 ? PTHREAD_STACK_MIN : 16384)
 #define PAGE 4096
 
 extern char **environ;
@@ -43,17 +47,6 @@ static int open_descriptors(void) {
     return count;
 }
 
-static void become(void) {
-    if (!strcmp(function, "execve"))
-        execve(arguments[0], arguments, environ);
-    else if (!strcmp(function, "execv"))
-        execv(arguments[0], arguments);
-    else if (!strcmp(function, "execvp"))
-        execvp(arguments[0], arguments);
-    else
-        execve(arguments[0], arguments, NULL);
-}
-
 static void wait_for(pid_t child) {
     int status = 0;
 
@@ -61,6 +54,31 @@ static void wait_for(pid_t child) {
         ;
     if (!WIFEXITED(status))
         printf("died of signal %d\n", WTERMSIG(status));
+}
+
+/* As if it were a function that replaces the process. */
+static void spawn(int (*function)(pid_t *, const char *, const posix_spawn_file_actions_t *,
+                                  const posix_spawnattr_t *, char *const *, char *const *)) {
+    pid_t child;
+
+    errno = function(&child, arguments[0], NULL, NULL, arguments, environ);
+    if (!errno)
+        wait_for(child);
+}
+
+static void become(void) {
+    if (!strcmp(function, "execve"))
+        execve(arguments[0], arguments, environ);
+    else if (!strcmp(function, "execv"))
+        execv(arguments[0], arguments);
+    else if (!strcmp(function, "execvp"))
+        execvp(arguments[0], arguments);
+    else if (!strcmp(function, "posix_spawn"))
+        spawn(posix_spawn);
+    else if (!strcmp(function, "posix_spawnp"))
+        spawn(posix_spawnp);
+    else
+        execve(arguments[0], arguments, NULL);
 }
 
 static void become_in_handler(int signal_number) {
@@ -117,7 +135,7 @@ int main(int count, char **words) {
         pthread_t thread;
 
         pthread_attr_init(&attributes);
-        pthread_attr_setstacksize(&attributes, PTHREAD_STACK_MIN);
+        pthread_attr_setstacksize(&attributes, SMALL_THREAD);
         pthread_create(&thread, &attributes, start, NULL);
         pthread_join(thread, NULL);
     } else {
