@@ -78,13 +78,14 @@ static uint32_t hash(const char *name) {
 static int is_definition(const struct symbols *symbols, uint32_t index, const char *name) {
     const Elf64_Sym *symbol = symbols->table + index;
 
-    return symbol->st_shndx != SHN_UNDEF && ELF64_ST_TYPE(symbol->st_info) == STT_FUNC &&
+    return ELF64_ST_TYPE(symbol->st_info) == STT_FUNC &&
            !(symbols->versions && (symbols->versions[index] & HIDDEN_VERSION)) &&
            text_equal(symbols->names + symbol->st_name, name);
 }
 
-/* The table: number of buckets, first symbol in it, words of the filter, a shift; then the filter,
- * the buckets, and the hash of each symbol, the last of a bucket marked by an odd one. */
+/* The table, which has definitions only: number of buckets, first symbol in it, words of the
+ * filter, a shift; then the filter, the buckets, and the hash of each symbol, the last of a bucket
+ * marked by an odd one. */
 static void *find_definition(const struct symbols *symbols, const char *name) {
     const uint32_t *table = symbols->hashes;
     const uint32_t *buckets = table + 4 + 2 * (size_t)table[2];

@@ -259,14 +259,15 @@ def note(owner: bytes, kind: int, description: bytes, alignment: int = 4) -> byt
         (noted(GO_NOTE, at=1020), True),
         (noted(GO_NOTE, at=3000), True),
         (noted(note(b"GNU\0", 1, b"12345"), GO_NOTE), True),
-        (noted(note(b"longer\0", 1, b"1234"), GO_NOTE), True),
+        (noted(note(b"four\0", 1, b"1"), GO_NOTE), True),
         (noted(note(b"GNU\0", 5, b"x" * 12, 8), GO_NOTE, alignment=8), True),
         (noted(note(b"GNU\0", 4, b"1234")), False),
         (noted(note(b"Go\0\0", 5, b"1234")), False),
         (noted(note(b"Gopher\0", 4, b"1234")), False),
+        (noted(note(b"Go\0more\0", 4, b"1234")), False),
         (noted(GO_NOTE)[:-12], False),
         (noted(note(b"x" * 9, 9, b"")[:8] + b"\xff" * 8, GO_NOTE), False),
-        (noted(), False),
+        (noted() + GO_NOTE, False),
     ],
 )
 def test_the_note_of_go(environment: dict[str, str], tmp_path: Path, data: bytes, tells: bool) -> None:
@@ -399,6 +400,7 @@ def test_programs_with_capabilities(environment: dict[str, str], static: Path, t
     [
         ("missing", errno.ENOENT),
         ("not executable", errno.EACCES),
+        ("script not executable", errno.EACCES),
         ("interpreter not executable", errno.EACCES),
         ("no program", errno.ENOEXEC),
         ("its own interpreter", errno.ELOOP),
@@ -415,6 +417,8 @@ def test_what_cannot_be_executed(
     plain.chmod(0o644)
     if case == "not executable":
         path = plain
+    elif case == "script not executable":
+        script(path, static).chmod(0o644)
     elif case == "interpreter not executable":
         script(path, plain)
     elif case == "no program":
