@@ -87,8 +87,9 @@ static int is_marked_as_program(const struct file *file, const Elf64_Phdr *segme
 
 /* What keeps the library out of the program, or NULL. */
 static const char *look_into(const struct file *file, int preloads) {
+    Elf64_Phdr dynamic = {0};
     Elf64_Ehdr header;
-    int has_interpreter = 0, is_program;
+    int has_interpreter = 0;
 
     if (!get(file, 0, &header, sizeof header))
         return NULL;
@@ -98,7 +99,6 @@ static const char *look_into(const struct file *file, int preloads) {
         return "is built for another kind of machine";
     if (header.e_phentsize != sizeof(Elf64_Phdr))
         return NULL;
-    is_program = header.e_type == ET_EXEC;
     for (uint64_t i = 0; i < header.e_phnum && i < MAX_ENTRIES; i++) {
         Elf64_Phdr segment;
 
@@ -108,12 +108,14 @@ static const char *look_into(const struct file *file, int preloads) {
             return "is a Go program";
         if (segment.p_type == PT_INTERP)
             has_interpreter = 1;
-        else if (segment.p_type == PT_DYNAMIC && !is_program)
-            is_program = is_marked_as_program(file, &segment);
+        else if (segment.p_type == PT_DYNAMIC)
+            dynamic = segment;
     }
-    if (!has_interpreter)
-        return is_program ? "is statically linked" : NULL;
-    return preloads ? NULL : without_preload;
+    if (has_interpreter)
+        return preloads ? NULL : without_preload;
+    if (header.e_type == ET_DYN && !is_marked_as_program(file, &dynamic))
+        return NULL;
+    return "is statically linked";
 }
 
 /* As fs/binfmt_script.c finds it; NULL where there is none, or where its name is cut off. */
