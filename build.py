@@ -18,7 +18,7 @@ ROOT = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "flockshim.libflockshim"
 
 CLIENT_SOURCES = ["lock", "client", "channel", "shared", "start", "rendezvous", "report", "config", "text"]
-SHIM_SOURCES = ["flock", *CLIENT_SOURCES, "memory"]
+SHIM_SOURCES = ["flock", "exec", "next", "reach", "told", *CLIENT_SOURCES, "memory"]
 NATIVE_SOURCES = [
     *CLIENT_SOURCES,
     "requests",

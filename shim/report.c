@@ -1,5 +1,6 @@
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stddef.h>
 #include <sys/stat.h>
@@ -8,6 +9,9 @@
 #include "report.h"
 #include "syscalls.h"
 #include "text.h"
+
+/* null(4), as stat(2) shows it. */
+#define NULL_DEVICE 0x103
 
 void path_of_descriptor(int descriptor, char *path, unsigned long size) {
     char link[40];
@@ -99,4 +103,31 @@ void report_waited(const struct config *config, int descriptor, long seconds) {
     text_add_number(&text, seconds);
     text_add(&text, " s");
     say(config, "got the lock on ", descriptor, after, "");
+}
+
+int report_would_be_seen(const struct config *config) {
+    struct pollfd standard_error = {.fd = 2, .events = POLLOUT};
+    struct timespec at_once = {0};
+    struct stat status;
+
+    return is_standard_error(config) && sys2(SYS_fstat, 2, &status) == 0 &&
+           !(S_ISCHR(status.st_mode) && status.st_rdev == NULL_DEVICE) &&
+           sys4(SYS_ppoll, &standard_error, 1, &at_once, NULL) == 1 &&
+           standard_error.revents == POLLOUT;
+}
+
+void report_not_covered(const struct config *config, const char *program, const char *why) {
+    char line[1536];
+    struct text text = text_over(line, 1024);
+
+    text_add(&text, "flockshim: ");
+    text_add(&text, program);
+    make_printable(line);
+    text.size = sizeof line - 1;
+    text_add(&text, " ");
+    text_add(&text, why);
+    text_add(&text, " and not covered: it locks as without flockshim; to cover it, use flockshim "
+                    "--via seccomp COMMAND");
+    line[text.length++] = '\n';
+    write_error(config, line, text.length);
 }

@@ -14,6 +14,13 @@ void report_timeout(const struct config *config, int descriptor, const char *hol
 void report_waiting(const struct config *config, int descriptor, const char *holder);
 void report_waited(const struct config *config, int descriptor, long seconds);
 
+/* Whether a line would be read, as far as can be told, and writing it would not block: somebody who
+ * waits for our program may be the only one who makes room. */
+int report_would_be_seen(const struct config *config);
+
+/* "flockshim: PROGRAM WHY and not covered: …" */
+void report_not_covered(const struct config *config, const char *program, const char *why);
+
 /* The path that descriptor was opened by, as the kernel knows it now; empty where it cannot be
  * told. */
 void path_of_descriptor(int descriptor, char *path, unsigned long size);

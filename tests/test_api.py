@@ -23,10 +23,11 @@ def exports(*options: str, env: dict[str, str]) -> dict[str, str]:
 
 
 def test_environ_is_what_the_command_sets(tmp_path: Path) -> None:
-    assert flockshim.environ(base=BASE) == exports(env=BASE)
+    base = {**BASE, "FLOCKSHIM_RUN": "0123456789abcdef"}
+    assert flockshim.environ(base=base) == exports(env=base)
     options = ["--mode", "fail", "--errno", "EIO,37", "--simulate", f"ENOSYS:{tmp_path}"]
-    made = flockshim.environ(mode="fail", errno=["EIO", 37], simulate=f"ENOSYS:{tmp_path}", quiet=True, base=BASE)
-    assert made == exports(*options, "--quiet", env=BASE)
+    made = flockshim.environ(mode="fail", errno=["EIO", 37], simulate=f"ENOSYS:{tmp_path}", quiet=True, base=base)
+    assert made == exports(*options, "--quiet", env=base)
     assert made == flockshim.environ(base=made)
 
 

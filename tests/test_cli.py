@@ -272,6 +272,7 @@ def test_environment_is_the_commands_but_for_the_shims_variables() -> None:
         "FLOCKSHIM_ERRNO",
         "FLOCKSHIM_PYTHON",
         "FLOCKSHIM_HOME",
+        "FLOCKSHIM_RUN",
     }
 
 

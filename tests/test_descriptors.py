@@ -155,6 +155,9 @@ def test_a_new_program_inherits(world: World, how: str, plain: bool) -> None:
         heir = driver
     else:
         heir = driver.spawn(without_preload=plain)
+        if plain and world.emulated:
+            assert "is started without LD_PRELOAD and not covered" in world.fleet.errors()
+            world.fleet.forget_errors()
         driver.exit()
     assert not world.free(path)
     heir.close(fd)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,11 @@ from flockshim import launch, preload_link
 
 MODULE = [sys.executable, "-m", "flockshim"]
 LIBRARY = str(Path(flockshim.__path__[0]) / "libflockshim.so")
-BASE = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD" and not name.startswith("FLOCKSHIM_")}
+FRESH = {
+    name: value for name, value in os.environ.items() if name != "LD_PRELOAD" and not name.startswith("FLOCKSHIM_")
+}
+# Inside a run, so that one environment is like the other.
+BASE = {**FRESH, "FLOCKSHIM_RUN": "0123456789abcdef"}
 
 # Every kind of byte that a shell gives a meaning to, and two that are no UTF-8.
 ODD = "/a b'\"\\$(x)`y`\n*~#;&|é\udcff\udc81\t!"
@@ -43,7 +48,24 @@ def test_defaults() -> None:
         "FLOCKSHIM_ERRNO": "38,95,37,524",
         "FLOCKSHIM_PYTHON": sys.executable,
         "FLOCKSHIM_HOME": flockshim.__path__[0],
+        "FLOCKSHIM_RUN": BASE["FLOCKSHIM_RUN"],
     }
+
+
+def test_each_run_has_a_name_of_its_own() -> None:
+    runs = [launched(env=FRESH)["FLOCKSHIM_RUN"] for _ in range(2)]
+    runs.append(evaluated("sh", [], FRESH)["FLOCKSHIM_RUN"])
+    assert len(set(runs)) == 3
+    assert all(re.fullmatch("[0-9a-f]{16}", run) for run in runs)
+    for run in runs:
+        assert launched(env={**FRESH, "FLOCKSHIM_RUN": run})["FLOCKSHIM_RUN"] == run
+
+
+@pytest.mark.parametrize("wrong", ["", "../up", "0" * 33, "ABC"])
+def test_a_name_that_the_shim_would_not_take_is_replaced(wrong: str) -> None:
+    """It becomes part of a file's name."""
+    run = launched(env={**FRESH, "FLOCKSHIM_RUN": wrong})["FLOCKSHIM_RUN"]
+    assert run != wrong and re.fullmatch("[0-9a-f]{16}", run)
 
 
 def test_options_and_variables_say_the_same(tmp_path: Path) -> None:

@@ -25,11 +25,12 @@ from flockshim.pytest_plugin import require
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = Path(flockshim.__file__).parent / "libflockshim.so"
-NEEDED = {"__errno_location": "GLOBAL", "environ": "WEAK"}
+EXPORTED = ["execv", "execve", "execvp", "flock", "posix_spawn", "posix_spawnp"]
+NEEDED = {"__errno_location": "GLOBAL", "environ": "WEAK", "dl_iterate_phdr": "WEAK"}
 CROSS_COMPILER, CROSS_ROOT, EMULATOR = "aarch64-linux-gnu-gcc", "/usr/aarch64-linux-gnu", "qemu-aarch64"
 
 
-def _build(compiler: str, directory: Path) -> Path:
+def _build(compiler: str, directory: Path, *options: str) -> Path:
     """The library as build.py makes it, by another compiler."""
     require(importlib.util.find_spec("setuptools"), "no setuptools", "pip install setuptools")
     spec = importlib.util.spec_from_file_location("flockshim_build", ROOT / "build.py")
@@ -38,7 +39,7 @@ def _build(compiler: str, directory: Path) -> Path:
     spec.loader.exec_module(build)
     target = directory / "libflockshim.so"
     sources = build.sources(build.SHIM_SOURCES)
-    flags = [*build.STRICT, *build.FREESTANDING, "-fPIC", "-shared", *build.LINK]
+    flags = [*build.STRICT, *build.FREESTANDING, "-fPIC", "-shared", *build.LINK, *options]
     subprocess.run([compiler, *flags, "-o", str(target), *sources], cwd=ROOT, check=True)
     return target
 
@@ -71,11 +72,11 @@ def _symbols(library: Path) -> list[tuple[str, str, bool]]:
     return [(row[7], row[4], row[6] != "UND") for row in rows if len(row) > 7 and row[3] != "SECTION"]
 
 
-def test_it_exports_flock_and_nothing_else(library: Path) -> None:
-    assert [name for name, _, defined in _symbols(library) if defined] == ["flock"]
+def test_it_exports_what_it_stands_for_and_nothing_else(library: Path) -> None:
+    assert sorted(name for name, _, defined in _symbols(library) if defined) == EXPORTED
 
 
-def test_it_needs_nothing_but_errno(library: Path) -> None:
+def test_it_cannot_do_without_errno_alone(library: Path) -> None:
     """Without a version, so any C library will do."""
     assert {name: binding for name, binding, defined in _symbols(library) if not defined} == NEEDED
     assert not any("GLIBC" in word for row in _readelf(library, "--version-info") for word in row)
@@ -125,6 +126,22 @@ def test_the_same_file_in_every_c_library(request: pytest.FixtureRequest, rendez
         assert world.fleet.errors() == ""
     finally:
         world.end()
+
+
+@pytest.mark.parametrize("function", ["execve", "execv", "bare", "execvp", "posix_spawn"])
+def test_starting_programs_where_libc_is_not_found(rendezvous: Path, tmp_path: Path, function: str) -> None:
+    environment = shim_environment(rendezvous)
+    plain = {name: value for name, value in environment.items() if name != "LD_PRELOAD"}
+    environment["LD_PRELOAD"] = str(_build("cc", tmp_path, "-Ddl_iterate_phdr=no_such_function"))
+    (tmp_path / "no").touch()
+    for path in ("/bin/echo", str(tmp_path / "no"), str(tmp_path / "nowhere")):
+        command = [program("starter"), "exec", function, path, "x"]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        if function in ("execvp", "posix_spawn"):
+            expected = f"errno {errno.ENOSYS}, 0 descriptors more\n"
+        else:
+            expected = subprocess.check_output(command, env=plain, text=True)
+        assert done.stdout == expected
 
 
 def _lock_in_turn(world: World, one: Driver, other: Driver) -> None:

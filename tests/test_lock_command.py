@@ -286,7 +286,8 @@ def test_one_child_and_nothing_else(fresh_world: World) -> None:
 
 def test_the_environment_of_command_is_that_without_lock(world: World) -> None:
     path = world.file()
-    assert run(world, "--lock", path, "env").stdout == run(world, "env").stdout
+    inside = settings(world, FLOCKSHIM_RUN="0123456789abcdef")
+    assert run(world, "--lock", path, "env", env=inside).stdout == run(world, "env", env=inside).stdout
     assert "FLOCKSHIM_TIMEOUT=2.5\n" in run(world, "--lock", path, "--timeout", "2.50", "env").stdout
 
 

@@ -20,6 +20,9 @@ VIAS = ("auto", "preload", "seccomp")
 # for looking up names that nobody gave.
 DEFAULT_ERRNOS = "38,95,37,524"
 
+# told.h
+MAX_RUN = 32
+
 # Some eleven days; who wants to wait longer waits for ever.
 MAX_TIMEOUT = 999999
 
@@ -42,6 +45,7 @@ VARIABLES = (
     "FLOCKSHIM_IDLE",
     "FLOCKSHIM_PYTHON",
     "FLOCKSHIM_HOME",
+    "FLOCKSHIM_RUN",
 )
 
 # Where LD_PRELOAD is split: at spaces and colons by glibc, at any white space by musl, and "$"
@@ -97,6 +101,7 @@ def environment(
             environ[_variable(name)] = value
         else:
             environ.pop(_variable(name), None)
+    environ["FLOCKSHIM_RUN"] = _run(base)
     environ["LD_PRELOAD"] = _preload(base)
     return environ
 
@@ -251,6 +256,14 @@ def _refuse_contradictions(settings: "dict[str, str]", labels: "dict[str, str]")
             f"{labels['force']} and {labels['mode']} fail exclude each other: the former never "
             "asks the kernel, whose error the latter hands on"
         )
+
+
+def _run(base: "Mapping[str, str]") -> str:
+    """Return what tells the runs of flockshim apart, because some things are said once in each; one inside is part."""
+    run = base.get("FLOCKSHIM_RUN", "")
+    if 0 < len(run) <= MAX_RUN and not run.strip("0123456789abcdef"):
+        return run
+    return os.urandom(8).hex()
 
 
 def _preload(base: "Mapping[str, str]") -> str:

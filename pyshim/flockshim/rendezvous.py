@@ -9,6 +9,7 @@ import os
 import select
 import socket
 import stat
+import time
 
 from flockshim._native import lib
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 LISTENER = 3
 BACKLOG = 4096
 IN_ATTRIB = 0x4
+MARKER_SECONDS = 24 * 60 * 60
 
 
 def _identity(path: str) -> tuple[int, int] | None:
@@ -69,6 +71,7 @@ class Rendezvous:
             if not self.is_swept():
                 os.unlink(self.socket_path)
             self._remove_dead_sockets()
+            self._remove_old_markers()
         except OSError:
             # Somebody starts a keeper; or the file system has become read-only.
             return False
@@ -83,6 +86,15 @@ class Rendezvous:
                 probe.setblocking(False)
                 if probe.connect_ex(self._socket_of(key)) == errno.ECONNREFUSED:
                     os.unlink(self._socket_of(key))
+
+    def _remove_old_markers(self) -> None:
+        """Remove what programs have left to say something once in a run of flockshim: shim/told.c does so, too."""
+        for name in os.listdir(self.directory):
+            if name.startswith("told-"):
+                with contextlib.suppress(FileNotFoundError):
+                    path = f"{self.directory}/{name}"
+                    if os.lstat(path).st_mtime < time.time() - MARKER_SECONDS:
+                        os.unlink(path)
 
     def is_swept(self) -> bool:
         """Return whether our socket is gone: systemd-logind empties /dev/shm at a user's last logout."""
