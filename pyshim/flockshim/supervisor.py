@@ -160,9 +160,12 @@ class _Supervisor:
         number = _number_from(command)
         if number < 0:
             raise RefusedError(_why_no_filter(-number))
+        handle = lib.native_pidfd_open(self._command)
+        if handle < 0:
+            raise RefusedError(_why_no_descriptor("pidfd_open(2)", "Linux 5.3", -handle))
         self._listener = lib.native_pidfd_getfd(self._command, number)
         if self._listener < 0:
-            raise RefusedError(_why_no_descriptor(-self._listener))
+            raise RefusedError(_why_no_descriptor("pidfd_getfd(2)", "Linux 5.6", -self._listener))
         self._let_go_of_everything(command)
         limits.raise_to_hard()
         error = lib.native_supervise(self._locker.config, self._listener, self._mark)
@@ -288,10 +291,10 @@ def _why_no_filter(error: int) -> str:
     return f"seccomp(2) is refused here: {os.strerror(error)}"
 
 
-def _why_no_descriptor(error: int) -> str:
+def _why_no_descriptor(call: str, since: str, error: int) -> str:
     if error == errno.ENOSYS:
-        return "pidfd_getfd(2) is missing (Linux 5.6), or a container hides it"
-    return f"pidfd_getfd(2) is refused here: {os.strerror(error)}"
+        return f"{call} is missing ({since}), or a container hides it"
+    return f"{call} is refused here: {os.strerror(error)}"
 
 
 def confine_and_answer(error: int) -> None:

@@ -122,7 +122,6 @@ static void forbid(char *rule) {
 
     if (strcmp(name, "NOTIFY") == 0)
         flags = NEW_LISTENER;
-
     while ((name = strsep(&rule, ","))) {
         const struct named *call = find(calls, sizeof calls / sizeof *calls, name);
 
@@ -133,7 +132,6 @@ static void forbid(char *rule) {
 
 static int install(void) {
     struct sock_fprog program = {.len = count, .filter = steps};
-
     long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &program);
 
     /* Root may do so without PR_SET_NO_NEW_PRIVS, which would disarm set-uid programs. */
