@@ -58,7 +58,7 @@ def confined(world: World, ways: Mapping[str, str], command: list[str]) -> list[
 def compare(title: str, of: str, contenders: list[Contender], rounds: int, *baselines: str) -> Table:
     """Measure, and show how many times as long as each of the *baselines*: the median of the rounds' ratios."""
     measured = measure(contenders, rounds)
-    table = Table(title, of, "median", "middle half of the rounds", *(f"of “{name}”" for name in baselines))
+    table = Table(title, of, "median", "middle half of the rounds", *(f"of {name}" for name in baselines))
     for name, values in measured.items():
         ratios = [median([one / other for one, other in zip(values, measured[base])]) for base in baselines]
         table.add(name, duration(median(values)), spread(values), *(f"{ratio:.2f}x" for ratio in ratios))
@@ -70,18 +70,20 @@ def lock_calls(world: World, rounds: int) -> Table:
     path = str(world.memory / "supervised")
     static = [str(world.programs / "static-pairs"), "unlock", path]
     here = settings(world)
-    native, preloaded = "static, kernel lock on tmpfs", "preloaded, simulated"
+    native, preloaded = "native", "preloaded"
     simulated = ("--simulate", f"ENOSYS:{world.memory}")
     contenders = [
         Contender(native, static, world.native()),
-        *confined(world, {"allow": "… behind a filter that allows all", "look": "… that looks at flock"}, static),
-        Contender("… success by flockshim's filter", supervised("--mode", "success", *static), here),
-        Contender("… supervised, kernel lock", supervised(*static), here),
+        *confined(world, {"allow": "native, behind a filter that allows all"}, static),
+        *confined(world, {"look": "native, behind a filter that looks at flock"}, static),
+        Contender("--mode success, by a filter", supervised("--mode", "success", *static), here),
+        Contender("supervised, the kernel locks", supervised(*static), here),
         Contender(preloaded, flockshim("--via", "preload", *simulated, world.pairs(), *static[1:]), here),
-        Contender("supervised, simulated", supervised(*simulated, *static), here),
-        *confined(world, {"trace-all": "ptrace: all calls, answers 0", "trace-locks": "… flock only"}, static),
+        Contender("supervised", supervised(*simulated, *static), here),
+        *confined(world, {"trace-all": "ptrace, all calls, answers 0"}, static),
+        *confined(world, {"trace-locks": "ptrace, flock only, answers 0"}, static),
     ]
-    title = "A supervised program locks and unlocks (tmpfs)"
+    title = "A program that a preload cannot reach: tmpfs, emulated with --simulate ENOSYS"
     return compare(title, "acquire and release", contenders, rounds, native, preloaded)
 
 
@@ -95,7 +97,7 @@ def failing(world: World, directory: Path, rounds: int) -> Table:
         Contender("supervised, static", supervised(*static), here),
         Contender("supervised, the program that was preloaded", supervised(world.pairs(), *words), here),
     ]
-    title = "A supervised program locks and unlocks (mount whose flock fails)"
+    title = "The same on a mount whose flock fails (FUSE)"
     return compare(title, "acquire and release", contenders, rounds, "preloaded")
 
 
@@ -110,7 +112,7 @@ def other_calls(world: World, rounds: int) -> Iterable[Table]:
             *confined(world, {"allow": "behind a filter that allows all"}, command),
             Contender("flockshim --mode success", supervised("--mode", "success", *command), here),
             Contender("supervised", supervised(*command), here),
-            *confined(world, {"trace-all": "ptrace: all calls", "trace-locks": "ptrace: flock only"}, command),
+            *confined(world, {"trace-all": "ptrace, all calls", "trace-locks": "ptrace, flock only"}, command),
         ]
         yield compare(f"Calls that are none of flockshim's: {what}", "a call", contenders, rounds, "alone")
 
@@ -143,15 +145,15 @@ def handing_on(world: World, processes: int, rounds: int) -> Table:
         f"{processes} supervised processes wait for one lock, and each has it once",
         "hands on the lock",
         "all of them, median",
-        f"of “{preloaded}”",
+        f"of {preloaded}",
         "a hand-off, median",
         "99th percentile",
     )
     for name, hand_offs in latencies.items():
         ratio = median([one / other for one, other in zip(totals[name], totals[preloaded])])
         times = (median(totals[name]), median(hand_offs), quantile(hand_offs, 0.99))
-        total, usual, longest = map(duration, times)
-        table.add(name, total, f"{ratio:.2f}x", usual, longest)
+        whole, usual, longest = map(duration, times)
+        table.add(name, whole, f"{ratio:.2f}x", usual, longest)
     return table
 
 

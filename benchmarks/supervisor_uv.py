@@ -2,122 +2,103 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 from table import Table, duration, median, quantile
-from world import HERE, World
+from world import HERE, Contender, World, python
 
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from support.uv import NoRegistryError, Uv, fetched, index_settings, newest, succeeded
+from support.uv import NoRegistryError, Uv, fetched, index_settings, newest
 from support.uvproject import counting_index, private_python, write_project
 
+PRELOADED = ["--quiet", "--mode", "host", "--via", "preload"]
+SUPERVISED = ["--quiet", "--mode", "host", "--via", "seccomp"]
 
-class Way(NamedTuple):
-    """How uv is run."""
+Ways = dict[str, tuple[bool, list[str]]]
+"""By the name that is shown: whether uv is the static one, and flockshim's options, or none for uv alone."""
 
-    name: str
-    static: bool
-    shim: tuple[str, ...] | None
-
-
-PRELOAD = ("--quiet", "--mode", "host", "--via", "preload")
-SUPERVISE = ("--quiet", "--mode", "host", "--via", "seccomp")
-LOCKABLE = [
-    Way("uv, alone", False, None),
-    Way("uv, preloaded", False, PRELOAD),
-    Way("uv, supervised", False, SUPERVISE),
-    Way("static uv, alone", True, None),
-    Way("static uv, supervised", True, SUPERVISE),
-]
-FAILING = [
-    Way("uv, preloaded", False, PRELOAD),
-    Way("uv, supervised", False, SUPERVISE),
-    Way("static uv, supervised", True, SUPERVISE),
-]
+WHERE_THE_KERNEL_LOCKS: Ways = {
+    "uv": (False, []),
+    "uv, once more": (False, []),
+    "uv, preloaded": (False, PRELOADED),
+    "uv, supervised": (False, SUPERVISED),
+    "static uv": (True, []),
+    "static uv, supervised": (True, SUPERVISED),
+}
+WHERE_IT_REFUSES: Ways = {
+    "uv, preloaded": (False, PRELOADED),
+    "uv, supervised": (False, SUPERVISED),
+    "static uv, supervised": (True, SUPERVISED),
+}
+EMPTY, FILLED = 0, 1
 
 
-def static_uv(version: str, directory: Path) -> Path:
-    """Return the executable of the musl build, fetched into *directory*.
+class Syncs:
+    """What the ways to run uv have in common."""
 
-    :raises NoRegistryError: when pip cannot.
-    """
-    platform = f"musllinux_1_1_{os.uname().machine}"
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
-    choice = ["--only-binary=:all:", f"--platform={platform}", f"--target={directory}", f"uv=={version}"]
-    done = subprocess.run([*pip, *choice], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NoRegistryError((done.stderr.strip() or "pip fails").splitlines()[-1])
-    return directory / "bin" / "uv"
+    def __init__(self, world: World, index: str) -> None:
+        """Fetch both builds of uv, and make a Python that nobody else uses.
 
+        :param index: the address of the package index.
+        :raises NoRegistryError: where uv is not to be had.
+        """
+        self.version = newest()
+        self._executables = {static: fetched(self.version, static) for static in (False, True)}
+        self._python = private_python(world.memory / "python").executable
+        own = {"UV_DEFAULT_INDEX": index, "FLOCKSHIM_DIR": str(world.rendezvous), "FLOCKSHIM_IDLE": "1000"}
+        self._settings = {**index_settings(), **own}
 
-class Project:
-    """A project, a cache, and a Python that belong to one way of running uv."""
-
-    def __init__(self, way: Way, executable: Path, base: Path, variables: dict[str, str], python: Path) -> None:
-        """Write the project into *base*, an empty directory."""
-        self.way = way
-        self._uv = Uv(executable, base, variables)
-        self._python = python
-
-    def sync(self, cold: bool) -> float:
-        """Set the project up from nothing, and return the nanoseconds; *cold*: with an empty cache."""
-        shutil.rmtree(self._uv.project)
-        self._uv.project.mkdir()
-        write_project(self._uv.project)
-        if cold:
-            shutil.rmtree(self._uv.environment["UV_CACHE_DIR"], ignore_errors=True)
-        start = time.perf_counter_ns()
-        succeeded(self._uv.start("sync", "--python", str(self._python), shim=self.way.shim))
-        return time.perf_counter_ns() - start
+    def contender(self, name: str, static: bool, options: list[str], base: Path) -> Contender:
+        """Return what sets up a project of its own, with a cache of its own, in *base*."""
+        base.mkdir()
+        uv = Uv(self._executables[static], base, self._settings)
+        write_project(uv.project)
+        launcher = [sys.executable, "-m", "flockshim", *options] if options else []
+        places = [str(uv.project), uv.environment["UV_CACHE_DIR"], uv.executable]
+        command = [*launcher, *python("sync.py", *places, "sync", "--python", str(self._python))]
+        return Contender(name, command, {**uv.environment, "FLOCKSHIM_IDLE": "1000"})
 
 
-def measure(projects: list[Project], rounds: int, title: str, note: str) -> Iterable[Table]:
-    """Measure with a cold and a warm cache; of others, the first is the baseline."""
-    for cold, cache in ((True, "empty"), (False, "filled")):
-        measured: dict[str, list[float]] = {project.way.name: [] for project in projects}
-        for project in projects:
-            project.sync(cold)
+def compare(title: str, contenders: list[Contender], rounds: int) -> Iterable[Table]:
+    """Measure with an empty and with a filled cache; the first is what others are compared with."""
+    workers = [contender.start() for contender in contenders]
+    for worker in workers:
+        worker.ask(EMPTY)
+    for cache, shown in ((EMPTY, "an empty cache"), (FILLED, "a filled cache")):
+        measured: dict[str, list[float]] = {worker.name: [] for worker in workers}
         for number in range(rounds):
-            for project in projects if number % 2 else reversed(projects):
-                measured[project.way.name].append(project.sync(cold))
-        first = projects[0].way.name
-        table = Table(f"{title}, {cache} cache", "", "median", "10th percentile", f"more than “{first}”", "ratio")
+            for worker in workers if number % 2 else reversed(workers):
+                measured[worker.name].append(worker.ask(cache)[0])
+        first = workers[0].name
+        columns = ("median", "10th percentile", "of the first", "10th percentile of the first's")
+        table = Table(f"{title}, {shown}", "", *columns)
         for name, values in measured.items():
-            more = median([one - other for one, other in zip(values, measured[first])])
             ratio = median([one / other for one, other in zip(values, measured[first])])
-            shown = f"{'-' if more < 0 else ''}{duration(abs(more))}"
-            table.add(name, duration(median(values)), duration(quantile(values, 0.1)), shown, f"{ratio:.3f}x")
-        table.notes.append(note)
+            low = quantile(values, 0.1)
+            fastest = f"{low / quantile(measured[first], 0.1):.3f}x"
+            table.add(name, duration(median(values)), duration(low), f"{ratio:.3f}x", fastest)
+        table.notes.append(f"{rounds} rounds; flockshim was started before.")
         yield table
+    for worker in workers:
+        worker.stop()
 
 
 def tables(world: World, rounds: int) -> Iterable[Table]:
     """Compare where the kernel locks, and where it refuses to."""
+    places = [("on tmpfs", WHERE_THE_KERNEL_LOCKS, world.memory), ("flock fails (FUSE)", WHERE_IT_REFUSES, world.mount)]
     try:
-        version = newest()
-        executables = {False: fetched(version), True: static_uv(version, world.programs / "static-uv")}
-        index = counting_index()
+        with counting_index() as index:
+            syncs = Syncs(world, index.url)
+            for place, ways, directory in places:
+                if directory is None:
+                    continue
+                contenders = [
+                    syncs.contender(name, *way, base=directory / f"uv-{number}")
+                    for number, (name, way) in enumerate(ways.items())
+                ]
+                yield from compare(f"uv {syncs.version} sync, {place}", contenders, rounds)
     except NoRegistryError as error:
         print(f"skipped: uv: {error}", file=sys.stderr)
-        return
-    python = private_python(world.memory / "python").executable
-    with index:
-        variables = {**index_settings(), "UV_DEFAULT_INDEX": index.url, "FLOCKSHIM_DIR": str(world.rendezvous)}
-        for ways, place, title in ((LOCKABLE, world.memory, "on tmpfs"), (FAILING, world.mount, "flock fails (FUSE)")):
-            if place is None:
-                continue
-            projects = []
-            for number, way in enumerate(ways):
-                base = place / f"uv-{number}"
-                base.mkdir()
-                projects.append(Project(way, executables[way.static], base, variables, python))
-            note = f"{rounds} rounds; flockshim's start is in it; the last columns: the medians of round by round."
-            yield from measure(projects, rounds, f"uv {version} sync, {title}", note)

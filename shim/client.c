@@ -130,7 +130,8 @@ static int is_gone(const struct call *call) {
 /* How long our own callers wait for a keeper that may be stopped, in milliseconds: it should have
  * told them before that their timeout is over, or that somebody else holds the lock. */
 static int32_t patience(const struct call *call) {
-    if (call->blocking && call->wait->timeout < 0)
+    /* A supervisor waits as its program would. */
+    if (call->wait->gone || (call->blocking && call->wait->timeout < 0))
         return INT32_MAX;
     return STOPPED_MILLISECONDS + (call->blocking ? time_left(call) : 0);
 }

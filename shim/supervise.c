@@ -4,10 +4,12 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lock.h"
@@ -18,11 +20,18 @@
 
 #define STACK_SIZE (256 * 1024)
 #define MAX_IDLE 4
+#define MAX_BUSY 64 /* threads that look at calls, which a hanging file system may make hang */
+#define SPIN_NANOSECONDS 20000
 
 struct supervisor supervisor;
 
 int call_is_gone(const struct lock_call *call) {
-    return ioctl(supervisor.listener, NOTIFY_IS_VALID, &call->id) < 0;
+    int result;
+
+    do
+        result = ioctl(supervisor.listener, NOTIFY_IS_VALID, &call->id);
+    while (result < 0 && errno == EINTR);
+    return result < 0;
 }
 
 static int reply(const struct lock_call *call, int result, unsigned flags) {
@@ -31,7 +40,12 @@ static int reply(const struct lock_call *call, int result, unsigned flags) {
                                        .error = result < 0 ? result : 0,
                                        .flags = flags};
 
-    return ioctl(supervisor.listener, NOTIFY_REPLY, &reply) < 0 ? -errno : 0;
+    int sent;
+
+    do
+        sent = ioctl(supervisor.listener, NOTIFY_REPLY, &reply);
+    while (sent < 0 && errno == EINTR);
+    return sent < 0 ? -errno : 0;
 }
 
 int call_reply(const struct lock_call *call, int result) {
@@ -68,6 +82,27 @@ static void fail_to_open(const struct lock_call *call) {
         call_leave_to_kernel(call);
 }
 
+/* Only root's supervisor may look into programs of others: setpriv(1), gosu. Their locks belong to
+ * the keepers of those. */
+static int is_of_another_user(const struct lock_call *call) {
+    char path[40];
+    struct stat status;
+
+    if (geteuid() != 0 || supervisor.config->mode == MODE_SUCCESS ||
+        supervisor.config->mode == MODE_FAIL)
+        return 0;
+    snprintf(path, sizeof path, "/proc/%d", (int)call->tid);
+    return stat(path, &status) == 0 && status.st_uid != 0;
+}
+
+static void refuse_other_user(const struct lock_call *call, int error) {
+    report(
+        supervisor.config, call->target.descriptor,
+        "the program runs as another user; start flockshim as that user, behind what changes it");
+    close(call->target.descriptor);
+    call_reply(call, -error);
+}
+
 /* A keeper that was started behind the filter has its files in the rendezvous directory, and what
  * it locks there must be locked by the kernel: --force and --simulate are not for them. */
 static int is_keepers_own(const struct lock_call *call) {
@@ -102,8 +137,14 @@ static void look_into(struct lock_call *call, int number) {
         fail_to_open(call);
         return;
     }
+    /* From here on the file system may make us wait. */
+    have_another_listen();
     /* Only now is it sure whose descriptor that is. */
     if (call_is_gone(call)) {
+        close(call->target.descriptor);
+        return;
+    }
+    if (is_taken_up_again(call)) {
         close(call->target.descriptor);
         return;
     }
@@ -115,7 +156,9 @@ static void look_into(struct lock_call *call, int number) {
     error = lock_without_kernel(supervisor.config, call->target.descriptor, call->operation);
     if (!error)
         error = ask_kernel(call);
-    if (error)
+    if (error && is_of_another_user(call))
+        refuse_other_user(call, error);
+    else if (error)
         emulate_call(call, error);
 }
 
@@ -131,10 +174,27 @@ static void answer(struct lock_call *call, const struct seccomp_data *data) {
         call_leave_to_kernel(call);
 }
 
-static int has_hung_up(void) {
-    struct pollfd event = {.fd = supervisor.listener};
+static int poll_listener(short events) {
+    struct pollfd event = {.fd = supervisor.listener, .events = events};
 
     return poll(&event, 1, 0) == 1;
+}
+
+static int64_t now_in_nanoseconds(void) {
+    struct timespec now = {0};
+
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+/* Who has locked mostly unlocks soon, and being woken takes longer (a fifth of an emulated lock and
+ * unlock as measured). Yielding lets the program run where there is but one processor. */
+static void await_next_call(void) {
+    int64_t end = now_in_nanoseconds() + SPIN_NANOSECONDS;
+
+    do
+        sched_yield();
+    while (!poll_listener(POLLIN) && now_in_nanoseconds() < end);
 }
 
 /* 0 where there are no programs any more. */
@@ -144,9 +204,21 @@ static int receive(union notification_buffer *buffer) {
         if (ioctl(supervisor.listener, NOTIFY_RECEIVE, buffer) == 0)
             return 1;
         /* A call has ended by a signal before we could read of it; or all programs have. */
-        if (errno == ENOENT ? has_hung_up() : errno != EINTR)
+        if (errno == ENOENT ? poll_listener(0) : errno != EINTR)
             return 0;
     }
+}
+
+/* Counts this thread among those that listen, unless there are enough. */
+static int is_needed(void) {
+    int idle = __atomic_load_n(&supervisor.idle, __ATOMIC_SEQ_CST);
+
+    do {
+        if (idle >= MAX_IDLE)
+            return 0;
+    } while (!__atomic_compare_exchange_n(&supervisor.idle, &idle, idle + 1, 0, __ATOMIC_SEQ_CST,
+                                          __ATOMIC_SEQ_CST));
+    return 1;
 }
 
 static void *serve(void *unused) {
@@ -158,12 +230,15 @@ static void *serve(void *unused) {
             .id = buffer.notification.id, .tid = (pid_t)buffer.notification.tid, .wake = wake};
 
         __atomic_sub_fetch(&supervisor.idle, 1, __ATOMIC_SEQ_CST);
+        __atomic_add_fetch(&supervisor.busy, 1, __ATOMIC_SEQ_CST);
         answer(&call, &buffer.notification.call);
-        if (__atomic_add_fetch(&supervisor.idle, 1, __ATOMIC_SEQ_CST) > MAX_IDLE) {
-            __atomic_sub_fetch(&supervisor.idle, 1, __ATOMIC_SEQ_CST);
+        __atomic_sub_fetch(&supervisor.busy, 1, __ATOMIC_SEQ_CST);
+        if (!is_needed())
             break;
-        }
+        await_next_call();
     }
+    forget_information();
+    target_forget();
     if (wake >= 0)
         close(wake);
     return unused;
@@ -186,13 +261,24 @@ static int start_thread(void) {
 }
 
 int have_another_listen(void) {
-    return __atomic_load_n(&supervisor.idle, __ATOMIC_SEQ_CST) > 0 || start_thread() == 0;
+    if (__atomic_load_n(&supervisor.idle, __ATOMIC_SEQ_CST) > 0)
+        return 1;
+    return __atomic_load_n(&supervisor.busy, __ATOMIC_SEQ_CST) <= MAX_BUSY && start_thread() == 0;
+}
+
+void begin_to_wait(void) {
+    __atomic_sub_fetch(&supervisor.busy, 1, __ATOMIC_SEQ_CST);
+}
+
+void end_to_wait(void) {
+    __atomic_add_fetch(&supervisor.busy, 1, __ATOMIC_SEQ_CST);
 }
 
 int native_supervise(const struct config *config, int listener, int mark) {
     supervisor.config = config;
     supervisor.listener = listener;
     supervisor.mark = mark;
+    supervised_wait_init();
     ioctl(listener, NOTIFY_SET_FLAGS, NOTIFY_SYNC_WAKE_UP);
     /* One waits for a notification at any time, so the first call need not start the second. */
     return start_thread() < 0 ? -EAGAIN : start_thread();

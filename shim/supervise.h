@@ -13,6 +13,7 @@ struct supervisor {
     int listener;
     int mark;
     int idle;   /* threads that wait for a notification */
+    int busy;   /* those that have one, and do not wait for the keeper */
     int blamed; /* the user was told that a program cannot be looked into */
 };
 
@@ -24,9 +25,10 @@ struct lock_call {
     struct target target;
     struct stat status; /* of the file */
     int operation;
-    int may_wait; /* or no thread is left for others */
-    int wake;     /* an eventfd(2) of this thread */
-    int leaving;  /* the program has been told, or is gone: nobody can take the call up again */
+    int may_wait;  /* or no thread is left for others */
+    int wake;      /* an eventfd(2) of this thread */
+    int dismissed; /* the program makes another call */
+    int leaving;   /* the program has been told, or is gone: nobody can take the call up again */
     int delivered;
     struct lock_call *next;
 };
@@ -41,6 +43,9 @@ void call_leave_to_kernel(const struct lock_call *call);
 /* To be called by a thread before it does what may take long; calls that are over at once pile up
  * in the kernel only, which forgets those that have ended. Whether there is another thread. */
 int have_another_listen(void);
+/* A thread waits for the keeper. */
+void begin_to_wait(void);
+void end_to_wait(void);
 
 int is_same_file(const struct stat *one, const struct stat *other);
 
@@ -49,7 +54,13 @@ int kernel_locks(const struct stat *status);
 /* Answers the call where the kernel can, and closes the descriptor: 0. Else the errno that means
  * that the kernel cannot lock. */
 int ask_kernel(struct lock_call *call);
+/* For a thread that ends: it keeps a file of proc(5) open. */
+void forget_information(void);
 
+void supervised_wait_init(void);
+/* Whether the keeper has been asked for this call already, before a signal, and is still. Then it
+ * will be answered with that. */
+int is_taken_up_again(const struct lock_call *call);
 /* Answers a call that the kernel refuses with an errno; closes the descriptor. */
 void emulate_call(struct lock_call *call, int kernel_error);
 #endif

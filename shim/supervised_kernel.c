@@ -16,14 +16,15 @@
 #include "supervise.h"
 #include "syscalls.h"
 
-/* Kinds of files that the kernel has been seen to lock. Added in front, never removed. */
+/* Kinds of files, and whether the kernel is known to lock them. Added in front, never removed. */
 struct kind {
     dev_t device;
     mode_t type;
+    int is_locked;
     struct kind *next;
 };
 
-static struct kind *lockable;
+static struct kind *kinds;
 
 /* The calls that are being made here: one for a file at a time, and none of it is left to the
  * kernel meanwhile. Should its program be gone, a call gives back what it got, and nobody else may
@@ -34,25 +35,39 @@ static struct {
     struct lock_call *first;
 } here = {.mutex = PTHREAD_MUTEX_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
 
-int kernel_locks(const struct stat *status) {
-    const struct kind *kind = __atomic_load_n(&lockable, __ATOMIC_ACQUIRE);
+static struct kind *find_kind(const struct stat *status) {
+    struct kind *kind = __atomic_load_n(&kinds, __ATOMIC_ACQUIRE);
 
     while (kind && (kind->device != status->st_dev || kind->type != (status->st_mode & S_IFMT)))
         kind = kind->next;
-    return kind != NULL;
+    return kind;
 }
 
-static void learn_that_kernel_locks(const struct stat *status) {
+static void add_kind(const struct stat *status, int is_locked) {
     struct kind *kind = malloc(sizeof *kind);
 
     if (!kind)
         return;
     kind->device = status->st_dev;
     kind->type = status->st_mode & S_IFMT;
-    kind->next = __atomic_load_n(&lockable, __ATOMIC_RELAXED);
-    while (!__atomic_compare_exchange_n(&lockable, &kind->next, kind, 0, __ATOMIC_RELEASE,
+    kind->is_locked = is_locked;
+    kind->next = __atomic_load_n(&kinds, __ATOMIC_RELAXED);
+    while (!__atomic_compare_exchange_n(&kinds, &kind->next, kind, 0, __ATOMIC_RELEASE,
                                         __ATOMIC_RELAXED))
         ;
+}
+
+int kernel_locks(const struct stat *status) {
+    const struct kind *kind = find_kind(status);
+
+    return kind && __atomic_load_n(&kind->is_locked, __ATOMIC_RELAXED);
+}
+
+static void learn_that_kernel_locks(const struct stat *status) {
+    struct kind *kind = find_kind(status);
+
+    if (kind)
+        __atomic_store_n(&kind->is_locked, 1, __ATOMIC_RELAXED);
 }
 
 static int is_file_busy(const struct lock_call *call) {
@@ -83,19 +98,42 @@ static void leave(const struct lock_call *call) {
     pthread_mutex_unlock(&here.mutex);
 }
 
-/* Whether the kernel has a flock(2) lock of this description: proc(5), fdinfo. File systems that
- * ask a server may not show theirs. */
-static int has_kernel_lock(int descriptor) {
-    char path[40], info[2048];
-    ssize_t got;
+/* What proc(5), fdinfo, shows of a descriptor it looks up at each read, by its number; opening it
+ * costs five times as much as reading. */
+static __thread struct {
+    int of; /* the descriptor */
     int file;
+} information = {.of = -1, .file = -1};
 
+void forget_information(void) {
+    if (information.of >= 0)
+        close(information.file);
+    information.of = -1;
+}
+
+static int open_information(int descriptor) {
+    char path[40];
+
+    if (information.of == descriptor)
+        return information.file;
+    forget_information();
     snprintf(path, sizeof path, "/proc/self/fdinfo/%d", descriptor);
-    file = open(path, O_RDONLY | O_CLOEXEC);
+    information.file = open(path, O_RDONLY | O_CLOEXEC);
+    if (information.file >= 0)
+        information.of = descriptor;
+    return information.file;
+}
+
+/* Whether the kernel has a flock(2) lock of this description. File systems that ask a server may
+ * not show theirs. */
+static int has_kernel_lock(int descriptor) {
+    char info[2048];
+    int file = open_information(descriptor);
+    ssize_t got;
+
     if (file < 0)
         return -errno;
-    got = read(file, info, sizeof info - 1);
-    close(file);
+    got = pread(file, info, sizeof info - 1, 0);
     info[got < 0 ? 0 : got] = 0;
     return strstr(info, ": FLOCK ") != NULL;
 }
@@ -125,7 +163,7 @@ static void close_and_leave_to_kernel(const struct lock_call *call) {
 static int make_call(const struct lock_call *call) {
     int descriptor = call->target.descriptor;
     int had = has_kernel_lock(descriptor);
-    int locks = call->operation != LOCK_UN;
+    int locks = !(call->operation & LOCK_UN);
     int result =
         had == 1 ? -EWOULDBLOCK : (int)sys2(SYS_flock, descriptor, call->operation | LOCK_NB);
 
@@ -146,10 +184,9 @@ static int make_call(const struct lock_call *call) {
 int ask_kernel(struct lock_call *call) {
     int error = 0;
 
-    if (!kernel_locks(&call->status) && is_of_one_host(call->target.descriptor))
-        learn_that_kernel_locks(&call->status);
-    if (!kernel_locks(&call->status))
-        have_another_listen();
+    /* Once only: the kernel asks the server of a file system that has one, statfs(2). */
+    if (!find_kind(&call->status))
+        add_kind(&call->status, is_of_one_host(call->target.descriptor));
     enter(call);
     if (kernel_locks(&call->status))
         close_and_leave_to_kernel(call);

@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <sys/file.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "lock.h"
@@ -11,12 +12,24 @@
 #include "report.h"
 #include "supervise.h"
 
+/* How long a lock that was granted is kept for a program that was interrupted just then. */
+#define RESTART_NANOSECONDS 20000000
+
 /* The calls that are with the keeper. */
 static struct {
     pthread_mutex_t mutex;
-    pthread_cond_t left;
+    pthread_cond_t left; /* or has been taken up again, or dismissed */
     struct lock_call *first;
-} waiting = {.mutex = PTHREAD_MUTEX_INITIALIZER, .left = PTHREAD_COND_INITIALIZER};
+} waiting = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+void supervised_wait_init(void) {
+    pthread_condattr_t attributes;
+
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&waiting.left, &attributes);
+    pthread_condattr_destroy(&attributes);
+}
 
 static void forget_wakings(const struct lock_call *call) {
     uint64_t events;
@@ -42,12 +55,19 @@ static void leave(const struct lock_call *call) {
     pthread_mutex_unlock(&waiting.mutex);
 }
 
-/* A thread makes one call at a time, so an older one of it is gone. */
+/* Whether both are of one description, as far as can be told: our duplicate may be closed. */
+static int may_share(const struct lock_call *other, const struct lock_call *call) {
+    return is_same_file(&other->status, &call->status) &&
+           (other->delivered ||
+            native_same_description(other->target.descriptor, call->target.descriptor) != 0);
+}
+
+/* A thread makes one call at a time, so an older one of it is gone. Those of others matter where
+ * they would change what this call gets: the lock of the same description. */
 static struct lock_call *find_gone(const struct lock_call *call) {
     struct lock_call *other = waiting.first;
 
-    while (other && other->tid != call->tid &&
-           !(is_same_file(&other->status, &call->status) && call_is_gone(other)))
+    while (other && other->tid != call->tid && !(may_share(other, call) && call_is_gone(other)))
         other = other->next;
     return other;
 }
@@ -62,22 +82,46 @@ static int is_made_again(const struct lock_call *other, const struct lock_call *
            native_same_description(other->target.descriptor, call->target.descriptor) == 1;
 }
 
-/* Whether this thread shall ask the keeper for the call. Before, others that are gone have been
- * withdrawn there. */
-static int begin(struct lock_call *call) {
+static void dismiss(struct lock_call *call) {
     const uint64_t event = 1;
+
+    call->dismissed = 1;
+    pthread_cond_broadcast(&waiting.left);
+    if (write(call->wake, &event, sizeof event) < 0) {
+        /* It looks by itself after a while. */
+    }
+}
+
+int is_taken_up_again(const struct lock_call *call) {
     struct lock_call *other;
-    int begins = 1;
 
     pthread_mutex_lock(&waiting.mutex);
-    while (begins && (other = find_gone(call)) != NULL) {
+    for (other = waiting.first; other; other = other->next) {
         if (is_made_again(other, call)) {
             other->id = call->id;
-            begins = 0;
-        } else if (write(other->wake, &event, sizeof event) > 0) {
-            pthread_cond_wait(&waiting.left, &waiting.mutex);
-            begins = !call_is_gone(call);
+            pthread_cond_broadcast(&waiting.left);
+            break;
         }
+    }
+    pthread_mutex_unlock(&waiting.mutex);
+    return other != NULL;
+}
+
+/* Whether this thread shall ask the keeper for the call. Before, others that are gone have been
+ * withdrawn there. A call that is gone itself must not: its program may have gone on, and have made
+ * another. */
+static int begin(struct lock_call *call) {
+    struct lock_call *other;
+    int begins;
+
+    pthread_mutex_lock(&waiting.mutex);
+    /* Those who wait here are gone too if they are of the same thread. */
+    pthread_cond_broadcast(&waiting.left);
+    begins = !call_is_gone(call);
+    while (begins && (other = find_gone(call)) != NULL) {
+        dismiss(other);
+        pthread_cond_wait(&waiting.left, &waiting.mutex);
+        begins = !call_is_gone(call);
     }
     if (begins)
         enter(call);
@@ -96,16 +140,42 @@ static int is_gone(void *lock_call) {
     return call->leaving;
 }
 
+static struct timespec soon(void) {
+    struct timespec time;
+
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    time.tv_nsec += RESTART_NANOSECONDS;
+    if (time.tv_nsec >= 1000000000) {
+        time.tv_nsec -= 1000000000;
+        time.tv_sec++;
+    }
+    return time;
+}
+
+/* A program that is interrupted again and again is hardly ever found inside its call: it will be in
+ * a moment, if it makes the call again. With the mutex held. */
+static void await_program(const struct lock_call *call) {
+    const struct timespec end = soon();
+
+    while (call_is_gone(call) && !call->dismissed) {
+        if (pthread_cond_timedwait(&waiting.left, &waiting.mutex, &end) != 0)
+            return;
+    }
+}
+
+/* Our duplicate is closed before, so that nobody finds the description open after the program has
+ * closed it. */
 static int deliver(void *lock_call) {
     struct lock_call *call = lock_call;
     int result;
 
     pthread_mutex_lock(&waiting.mutex);
+    await_program(call);
     call->leaving = 1;
-    pthread_mutex_unlock(&waiting.mutex);
+    call->delivered = 1;
     close(call->target.descriptor);
     result = call_reply(call, 0);
-    call->delivered = 1;
+    pthread_mutex_unlock(&waiting.mutex);
     return result;
 }
 
@@ -136,11 +206,13 @@ void emulate_call(struct lock_call *call, int kernel_error) {
                                .gone = is_gone,
                                .deliver = deliver,
                                .call = call};
-    int may_wait = have_another_listen() && call->wake >= 0;
-    int result;
+    int may_wait, result;
 
+    begin_to_wait();
+    may_wait = have_another_listen();
     if (!begin(call)) {
         close(call->target.descriptor);
+        end_to_wait();
         return;
     }
     result = ask_keeper(call, &wait, may_wait, kernel_error);
@@ -149,4 +221,5 @@ void emulate_call(struct lock_call *call, int kernel_error) {
         close(call->target.descriptor);
         call_reply(call, result);
     }
+    end_to_wait();
 }

@@ -77,12 +77,32 @@ static int has_table_of(pid_t tid, pid_t pid, int number) {
            one.st_dev == other.st_dev && one.st_ino == other.st_ino;
 }
 
+/* Of the thread that this thread has served last: most call again and again. Unlike a number it
+ * never becomes another's. */
+static __thread struct {
+    pid_t tid, pid;
+    int handle;
+} kept;
+
+void target_forget(void) {
+    if (kept.tid)
+        close(kept.handle);
+    kept.tid = 0;
+}
+
+static int keep(pid_t tid, pid_t pid, int handle) {
+    kept.tid = tid;
+    kept.pid = pid;
+    kept.handle = handle;
+    return handle;
+}
+
 static int open_handle(struct target *target, pid_t tid, int number) {
     int handle = (int)syscall(SYS_pidfd_open, tid, 0);
 
     if (handle >= 0) {
         target->pid = tid;
-        return handle;
+        return keep(tid, tid, handle);
     }
     if (errno == ESRCH || errno == ENOSYS || errno == EPERM || errno == EMFILE || errno == ENFILE)
         return -errno;
@@ -90,23 +110,35 @@ static int open_handle(struct target *target, pid_t tid, int number) {
     if (target->pid < 0)
         return -ESRCH;
     handle = (int)syscall(SYS_pidfd_open, tid, PIDFD_THREAD);
-    if (handle >= 0 || errno != EINVAL)
-        return handle < 0 ? -errno : handle;
+    if (handle >= 0)
+        return keep(tid, target->pid, handle);
+    if (errno != EINVAL)
+        return -errno;
     if (!has_table_of(tid, target->pid, number))
         return -ENOTSUP;
     handle = (int)syscall(SYS_pidfd_open, target->pid, 0);
     return handle < 0 ? -errno : handle;
 }
 
+static int duplicate(int handle, int number) {
+    int descriptor = (int)syscall(SYS_pidfd_getfd, handle, number, 0);
+
+    return descriptor < 0 ? -errno : descriptor;
+}
+
 void target_open(struct target *target, pid_t tid, int number) {
-    int handle = open_handle(target, tid, number);
+    int handle;
 
     target->number = number;
-    target->descriptor = handle;
-    if (handle < 0)
-        return;
-    target->descriptor = (int)syscall(SYS_pidfd_getfd, handle, number, 0);
-    if (target->descriptor < 0)
-        target->descriptor = -errno;
-    close(handle);
+    if (kept.tid == tid) {
+        target->pid = kept.pid;
+        target->descriptor = duplicate(kept.handle, number);
+        if (target->descriptor != -ESRCH)
+            return;
+    }
+    target_forget();
+    handle = open_handle(target, tid, number);
+    target->descriptor = handle < 0 ? handle : duplicate(handle, number);
+    if (handle >= 0 && !kept.tid)
+        close(handle);
 }

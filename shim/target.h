@@ -14,4 +14,7 @@ struct target {
  * the thread's notification is valid, since its number may be another's by then. */
 void target_open(struct target *target, pid_t tid, int number);
 
+/* For a thread that ends: it keeps a handle of its last target. */
+void target_forget(void);
+
 #endif

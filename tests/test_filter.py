@@ -66,9 +66,9 @@ class Dump:
             compiler, self.runner = f"{machine}-linux-gnu-gcc", [f"qemu-{machine}"]
             require(shutil.which(compiler) and shutil.which(f"qemu-{machine}"), f"no {compiler}", "see .ci/run")
         self.program = directory / "filterdump"
-        sources = [SOURCES / "filterdump.c", SHIM / "filter.c"]
-        command = [compiler, "-D_GNU_SOURCE", *WARNINGS, "-static", f"-I{SHIM}", *sources, "-o", self.program]
-        subprocess.run(command, check=True)
+        options = ["-D_GNU_SOURCE", *WARNINGS, "-static", f"-I{SHIM}"]
+        sources = [str(SOURCES / "filterdump.c"), str(SHIM / "filter.c")]
+        subprocess.run([compiler, *options, *sources, "-o", str(self.program)], check=True)
 
     def __call__(self, *words: str) -> list[tuple[int, int, int, int]]:
         done = subprocess.run([*self.runner, self.program, *words], capture_output=True, text=True, check=True)
@@ -151,7 +151,7 @@ CONSTANT = [
 
 @pytest.mark.parametrize(("way", "answer"), CONSTANT)
 def test_a_constant_answer_needs_no_supervisor(way: list[str], answer: int, tmp_path: Path) -> None:
-    command = [*FLOCKSHIM, *way, static_program("rawcalls"), tmp_path / "file", flock(3, 2), "-"]
+    command = [*FLOCKSHIM, *way, str(static_program("rawcalls")), str(tmp_path / "file"), flock(3, 2), "-"]
     with subprocess.Popen(command, env=BASE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin and process.stdout
         assert int(process.stdout.readline()) == answer
@@ -225,24 +225,14 @@ def test_simulation_decides_by_file(tmp_path: Path) -> None:
         way = ["--mode", "fail", "--simulate", f"EIO:{tmp_path / name}"]
         words = [word for index, path in enumerate(expected) for word in (path, flock(3 + index, 1))]
         assert calls(way, *words) == list(expected.values())
-        command = [*FLOCKSHIM, "--via", "preload", *way, sys.executable, "-c", LOCK_ALL, *expected]
+        command = [*FLOCKSHIM, "--via", "preload", *way, sys.executable, "-c", LOCK_ALL, *map(str, expected)]
         done = subprocess.run(command, env=BASE, capture_output=True, text=True, check=True)
         assert [int(line) for line in done.stdout.split()] == list(expected.values())
 
 
 def test_directories_are_not_simulated(tmp_path: Path) -> None:
-    command = [
-        *FLOCKSHIM,
-        "--mode",
-        "fail",
-        "--simulate",
-        f"EIO:{tmp_path}",
-        "--via",
-        "seccomp",
-        "flock",
-        tmp_path,
-        "true",
-    ]
+    words = ["--mode", "fail", "--simulate", f"EIO:{tmp_path}", "--via", "seccomp"]
+    command = [*FLOCKSHIM, *words, "flock", str(tmp_path), "true"]
     assert subprocess.run(command, env=BASE, check=False).returncode == 0
 
 

@@ -114,6 +114,18 @@ def test_uv_that_lies_there_and_what_it_starts(newest_uv: Uv) -> None:
     succeeded(holder)
 
 
+def test_uv_that_a_preloaded_program_starts(newest_uv: Uv) -> None:
+    """Nothing of ours is in it, which is told; a supervisor covers it."""
+    command = (newest_uv.executable, "tool", "install", *PYTHON, *local(newest_uv, "atool"), "atool")
+    install = ("sh", "-c", '"$@"; exit', "sh", *command)
+    refused = end(newest_uv.start_program(*install))
+    check_refused(refused, ".lock`")
+    (line,) = [line for line in refused.err.splitlines() if line.startswith("flockshim: ")]
+    assert newest_uv.executable in line and "--via seccomp" in line
+    done = succeeded(newest_uv.start_program(*install, shim=("--via", "seccomp")))
+    assert "flockshim" not in done.err
+
+
 @pytest.mark.parametrize("static_first", [True, False])
 def test_a_static_uv_and_a_dynamic_one_take_turns(
     newest_uv: Uv, dynamic: str, tmp_path: Path, static_first: bool

@@ -222,7 +222,7 @@ def _run(options: "dict[str, str | bool]", command: "list[str]") -> int:
     lock = _take_lock_options(options, printing)
     settings: dict[str, Any] = {name.replace("-", "_"): value for name, value in options.items()}
     environ = launch.environment(_own_environment(), **settings)
-    if printing and environ.get("FLOCKSHIM_VIA") == "seccomp":
+    if printing and settings.get("via") == "seccomp":
         raise FlockshimError("a supervisor is for one COMMAND, so --via seccomp cannot be in what --env prints")
     if printing:
         _warn(environ)

@@ -36,14 +36,9 @@ class Grants:
 
     def taken(self, connection: Connection) -> None:
         """A grant has reached its program."""
-        description = connection.granted
-        file = self._service.files.get(description.key) if description else None
-        if description:
-            description.answers += 1
+        if connection.granted:
+            connection.granted.answers += 1
         self._end(connection)
-        if file and description and connection.downgrades:
-            file.lock.request(description, False, False)
-            self._service.settle(file)
 
     def confirm(self, description: Description) -> None:
         """Who asks again for what it was granted has lost its connection, not its interest."""

@@ -147,16 +147,13 @@ class LockService:
         if file.lock.conflicts(description, exclusive):
             self._check_holders([holder for holder in file.lock.holders if holder is not description])
         held = file.lock.holders.get(description)
-        if held and not exclusive and connection.is_supervised:
-            connection.downgrades = True
-            self.answer_granted(connection, description, False)
-            return
         outcome = file.lock.request(description, exclusive, blocking, connection, time.monotonic())
         if outcome == GRANTED:
             self.processes.add(connection.pid, description)
             if file.lock.queue:
                 self.settle(file)
-            self.answer_granted(connection, description, held != exclusive)
+            # An exclusive lock that has become a shared one is not given back: the program believes that it has one.
+            self.answer_granted(connection, description, held is None or (exclusive and not held))
         elif outcome == REFUSED:
             elsewhere = self.files.leases is not None and self.files.leases.is_refused(file.key)
             if elsewhere or self.is_refused(file, description, exclusive):

@@ -8,7 +8,7 @@ import resource
 import signal
 import time
 
-from flockshim import holders
+from flockshim import FlockshimError, holders
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,7 +53,10 @@ class ForkedChild:
 
     def __init__(self, become: Callable[[], NoReturn]) -> None:
         """Call *become* in a child."""
-        self.pid = os.fork()
+        try:
+            self.pid = os.fork()
+        except OSError as error:
+            raise FlockshimError(f"no process can be started: {error.strerror}; raise the limit (ulimit -u)") from None
         if self.pid == 0:
             become()
 

@@ -28,7 +28,6 @@ class Connection:
         "answers",
         "changed",
         "descriptor",
-        "downgrades",
         "flags",
         "granted",
         "is_supervised",
@@ -50,8 +49,6 @@ class Connection:
         self.granted: Description | None = None
         # Whether that has changed what the description holds, and how many calls of it had been answered.
         self.changed = False
-        # Only when the program has heard of it is its exclusive lock a shared one.
-        self.downgrades = False
         self.answers = 0
         self.waiter: Waiter | None = None
 
@@ -178,7 +175,6 @@ class Programs:
         self.forget(connection)
         if connection.granted and connection.is_supervised and status == lib.STATUS_ENDED:
             # The supervisor was killed, and may have told its program before.
-            connection.downgrades = False
             self._taken(connection)
         elif connection.granted and status == lib.STATUS_TAKEN:
             self._taken(connection)

@@ -56,7 +56,10 @@ class Way:
                 f"warning: {self._path!r} is set-uid, set-gid or has file capabilities, which no filter leaves it "
                 "(no_new_privs): start flockshim behind it, not before it"
             )
-        return self._become(self._path, self._arguments, {**launch.without_shim(self._environ), NESTED: "1"})
+        # A flockshim inside is to find its own way.
+        environ = {**launch.without_shim(self._environ), NESTED: "1"}
+        environ.pop("FLOCKSHIM_VIA", None)
+        return self._become(self._path, self._arguments, environ)
 
     def _supervised(self, become: Callable[[], NoReturn]) -> Child:
         try:

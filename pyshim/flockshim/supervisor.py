@@ -25,7 +25,7 @@ from flockshim.locking import Locker
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from _socket import socket
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from typing import NoReturn
 
 # What the supervisor tells the launcher.
@@ -49,8 +49,9 @@ class SupervisedChild:
         # Should the supervisor be killed, COMMAND becomes a child of this process.
         lib.native_become_subreaper()
         _fill_standard_descriptors()
-        self._channel, theirs = _pair()
-        self._supervisor = os.fork()
+        with _refused_for_limits():
+            self._channel, theirs = _pair()
+            self._supervisor = os.fork()
         if self._supervisor == 0:
             try:
                 self._channel.close()
@@ -85,7 +86,11 @@ class SupervisedChild:
 
     def _wait_as_parent(self) -> int | None:
         while True:
-            pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG | os.WUNTRACED)
+            except ChildProcessError:
+                # The supervisor had waited for it, and was killed before it told.
+                return signal.SIGKILL
             if pid in (0, self.pid):
                 return status if pid else None
 
@@ -135,6 +140,22 @@ class _Supervisor:
     def run(self, become: Callable[[], NoReturn]) -> NoReturn:
         """Start COMMAND, and answer lock calls until nobody is left who makes them."""
         lib.native_become_subreaper()
+        try:
+            with _refused_for_limits():
+                ours = self._fork(become)
+                self._begin(ours)
+        except RefusedError as refused:
+            self._tell(FAILED, str(refused))
+            if self._command:
+                os.kill(self._command, signal.SIGKILL)
+            os._exit(125)
+        self._tell(STARTED, str(self._command))
+        # Not before the launcher can wait for it.
+        ours.send(b"go")
+        ours.close()
+        self._look_after_children()
+
+    def _fork(self, become: Callable[[], NoReturn]) -> socket:
         ours, theirs = _pair()
         self._command = os.fork()
         if self._command == 0:
@@ -147,14 +168,7 @@ class _Supervisor:
             finally:
                 os._exit(125)
         theirs.close()
-        try:
-            self._begin(ours)
-        except RefusedError as refused:
-            self._tell(FAILED, str(refused))
-            os.kill(self._command, signal.SIGKILL)
-            os._exit(125)
-        self._tell(STARTED, str(self._command))
-        self._look_after_children()
+        return ours
 
     def _begin(self, command: socket) -> None:
         number = _number_from(command)
@@ -171,10 +185,9 @@ class _Supervisor:
         error = lib.native_supervise(self._locker.config, self._listener, self._mark)
         if error < 0:
             raise RefusedError(f"no thread can be started ({os.strerror(-error)}): raise the limit (ulimit -u)")
-        command.send(b"go")
+        command.send(b"ping")
         if _number_from(command) != self._mark:
             raise RefusedError("another filter answers lock calls itself: an outer flockshim, or a container's")
-        command.close()
 
     def _let_go_of_everything(self, command: socket) -> None:
         """Who reads the other end of a pipe waits for its last writer, and a directory in use cannot be unmounted."""
@@ -204,12 +217,14 @@ class _Supervisor:
             if info.si_pid == self._command and info.si_code not in (os.CLD_STOPPED, os.CLD_TRAPPED):
                 self._end_of_command()
                 continue
-            # It may run again by now.
-            pid, status = os.waitpid(info.si_pid, os.WUNTRACED | os.WNOHANG)
-            if pid == self._command:
-                self._tell(STOPPED, str(status))
-            elif self._has_ended:
-                self._end_if_deserted()
+            # It may run again by now, or have ended.
+            stop = os.waitid(os.P_PID, info.si_pid, os.WSTOPPED | os.WNOHANG)
+            if stop and info.si_pid == self._command:
+                self._tell(STOPPED, str(stop.si_status << 8 | 0x7F))
+            elif not stop and info.si_pid != self._command:
+                os.waitpid(info.si_pid, os.WNOHANG)
+                if self._has_ended:
+                    self._end_if_deserted()
 
     def _end_of_command(self) -> None:
         """COMMAND's pid stays its own until the launcher knows that it has ended."""
@@ -239,6 +254,19 @@ class _Supervisor:
             os._exit(0)
 
 
+@contextlib.contextmanager
+def _refused_for_limits() -> Iterator[None]:
+    """Have what a limit of the user's forbids said as the other reasons are."""
+    try:
+        yield
+    except OSError as error:
+        limit = {errno.EAGAIN: "no process can be started", errno.EMFILE: "no descriptor is left"}
+        option = {errno.EAGAIN: "ulimit -u", errno.EMFILE: "ulimit -n"}
+        if error.errno not in limit:
+            raise RefusedError(os.strerror(error.errno or 0)) from None
+        raise RefusedError(f"{limit[error.errno]}; raise the limit ({option[error.errno]})") from None
+
+
 def _pair() -> tuple[socket, socket]:
     return _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
 
@@ -260,7 +288,7 @@ def is_supervised(environ: Mapping[str, str]) -> bool | None:
     """Return whether a supervisor of ours covers this process, with the settings of *environ*; None: no supervisor."""
     answer = lib.native_ping_supervisor()
     if answer == -lib.PING_ERROR_OF_SUCCESS:
-        return False
+        return environ["FLOCKSHIM_MODE"] == "success"
     return None if answer < 0 else bool(answer == mark(environ))
 
 
@@ -272,7 +300,7 @@ def _confine(supervisor: socket, own_mark: int) -> None:
     os.close(listener)
     answer = lib.native_ping_supervisor()
     supervisor.send(str(answer).encode())
-    if answer != own_mark:
+    if answer != own_mark or not supervisor.recv(16):
         os._exit(125)
 
 
@@ -292,6 +320,8 @@ def _why_no_filter(error: int) -> str:
 
 
 def _why_no_descriptor(call: str, since: str, error: int) -> str:
+    if error == errno.EMFILE:
+        return "no descriptor is left; raise the limit (ulimit -n)"
     if error == errno.ENOSYS:
         return f"{call} is missing ({since}), or a container hides it"
     return f"{call} is refused here: {os.strerror(error)}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -154,10 +156,20 @@ def end(process: subprocess.Popen[str]) -> Done:
     try:
         out, err = process.communicate(timeout=DEADLINE)
     except subprocess.TimeoutExpired:
-        process.kill()
+        kill_with_descendants(process)
         out, err = process.communicate()
         raise AssertionError(f"{process.args!r} hangs, having said: {out}{err}") from None
     return Done(process.returncode, out, err)
+
+
+def kill_with_descendants(process: subprocess.Popen[str]) -> None:
+    """Kill a program, also one that outlives its launcher."""
+    found = [process.pid] if process.poll() is None else []
+    for pid in found:
+        found += children(pid)
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def succeeded(process: subprocess.Popen[str]) -> Done:

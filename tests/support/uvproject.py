@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support.countingindex import CountingIndex
-from support.uv import Done, NoRegistryError, Uv, index_settings
+from support.uv import Done, NoRegistryError, Uv, index_settings, kill_with_descendants
 
 PYPI = "https://pypi.org/simple"
 DEPENDENCIES = ["markupsafe", "pyyaml", "requests", "rich"]
@@ -117,6 +117,6 @@ def ends(processes: Sequence[subprocess.Popen[str]], seconds: float) -> list[Don
         raise AssertionError(f"{len(processes) - len(ended)} of {len(processes)} hang: {error}") from None
     finally:
         for process in processes:
-            process.kill()
+            kill_with_descendants(process)
             process.wait()
     return ended
