@@ -80,14 +80,23 @@ static void answer_ping(struct program *program, uint32_t error) {
     finish(program, SECCOMP_RET_ERRNO | error);
 }
 
+static int set_filter(struct sock_fprog *program, unsigned int flags) {
+    long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, program);
+
+    /* seccomp(2) came with Linux 3.17, filters with 3.5. */
+    if (result < 0 && errno == ENOSYS && !flags)
+        result = prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program);
+    return result < 0 ? -errno : (int)result;
+}
+
 /* Who is privileged may keep set-uid programs working behind the filter: seccomp(2). */
 static int install(struct program *program, unsigned int flags) {
     struct sock_fprog whole = {.len = program->length, .filter = program->code};
-    long result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &whole);
+    int result = set_filter(&whole, flags);
 
-    if (result < 0 && errno == EACCES && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
-        result = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, flags, &whole);
-    return result < 0 ? -errno : (int)result;
+    if (result == -EACCES && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0)
+        result = set_filter(&whole, flags);
+    return result;
 }
 
 int native_report_lock_calls(void) {
