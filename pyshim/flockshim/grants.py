@@ -54,9 +54,10 @@ class Grants:
         file = self._service.files.get(description.key) if description else None
         if file and description:
             others = [other for other in self._of(description) if other is not connection]
-            if others:
-                others[0].changed |= connection.changed
-            elif connection.changed and connection.answers == description.answers and file.lock.release(description):
+            nobody_had_it = connection.changed and connection.answers == description.answers
+            if nobody_had_it and others:
+                others[0].changed, others[0].answers = True, connection.answers
+            elif nobody_had_it and file.lock.release(description):
                 self._service.forget_if_unused(file, description)
         self._end(connection)
         if file:
