@@ -16,7 +16,8 @@
 #include "supervise.h"
 #include "syscalls.h"
 
-/* Kinds of files, and whether the kernel is known to lock them. Added in front, never removed. */
+/* Kinds of files of file systems that may have a server, and whether the kernel has been seen to
+ * lock them. Added in front, never removed. */
 struct kind {
     dev_t device;
     mode_t type;
@@ -43,14 +44,14 @@ static struct kind *find_kind(const struct stat *status) {
     return kind;
 }
 
-static void add_kind(const struct stat *status, int is_locked) {
+static void add_kind(const struct stat *status) {
     struct kind *kind = malloc(sizeof *kind);
 
     if (!kind)
         return;
     kind->device = status->st_dev;
     kind->type = status->st_mode & S_IFMT;
-    kind->is_locked = is_locked;
+    kind->is_locked = 0;
     kind->next = __atomic_load_n(&kinds, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(&kinds, &kind->next, kind, 0, __ATOMIC_RELEASE,
                                         __ATOMIC_RELAXED))
@@ -184,9 +185,15 @@ static int make_call(const struct lock_call *call) {
 int ask_kernel(struct lock_call *call) {
     int error = 0;
 
-    /* Once only: the kernel asks the server of a file system that has one, statfs(2). */
-    if (!find_kind(&call->status))
-        add_kind(&call->status, is_of_one_host(call->target.descriptor));
+    /* Of a file system that has a server that is asked once only, since the server is, statfs(2). A
+     * local one is asked each time: once unmounted, its device number may be another's at once. */
+    if (!find_kind(&call->status)) {
+        if (is_of_one_host(call->target.descriptor)) {
+            close_and_leave_to_kernel(call);
+            return 0;
+        }
+        add_kind(&call->status);
+    }
     enter(call);
     if (kernel_locks(&call->status))
         close_and_leave_to_kernel(call);

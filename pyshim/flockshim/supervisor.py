@@ -214,17 +214,21 @@ class _Supervisor:
             except ChildProcessError:
                 os._exit(0)
             assert info
-            if info.si_pid == self._command and info.si_code not in (os.CLD_STOPPED, os.CLD_TRAPPED):
+            if info.si_code in (os.CLD_STOPPED, os.CLD_TRAPPED):
+                self._child_was_stopped(info.si_pid)
+            elif info.si_pid == self._command:
                 self._end_of_command()
-                continue
-            # It may run again by now, or have ended.
-            stop = os.waitid(os.P_PID, info.si_pid, os.WSTOPPED | os.WNOHANG)
-            if stop and info.si_pid == self._command:
-                self._tell(STOPPED, str(stop.si_status << 8 | 0x7F))
-            elif not stop and info.si_pid != self._command:
-                os.waitpid(info.si_pid, os.WNOHANG)
+            else:
+                os.waitpid(info.si_pid, 0)
                 if self._has_ended:
                     self._end_if_deserted()
+
+    def _child_was_stopped(self, pid: int) -> None:
+        """It may run again by now, or have ended: nothing but the stop is taken."""
+        with contextlib.suppress(ChildProcessError):
+            stop = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+            if stop and pid == self._command:
+                self._tell(STOPPED, str(stop.si_status << 8 | 0x7F))
 
     def _end_of_command(self) -> None:
         """COMMAND's pid stays its own until the launcher knows that it has ended."""
