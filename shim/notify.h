@@ -19,6 +19,7 @@
 #define SYS_seccomp 277
 #endif
 #endif
+#define FILTER_SPEC_ALLOW (1u << 2) /* Linux 4.17 */
 #define NOTIFY_NEW_LISTENER (1u << 3)
 #define NOTIFY_RETURN 0x7fc00000u
 

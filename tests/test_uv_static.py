@@ -27,23 +27,26 @@ from test_uv import (  # noqa: F401
     local,
     test_mode_success_does_the_job_and_protects_nothing,
     test_two_uv_that_change_an_environment_take_turns,
-    test_two_uv_that_use_the_tools_take_turns,
     test_uv_waits_for_a_lock_that_another_program_holds,
     test_with_flockshim_everything_is_as_where_locks_work,
-    test_without_flockshim,
 )
 
 from flockshim.pytest_plugin import require
 
 SOAK = bool(os.environ.get("FLOCKSHIM_SOAK"))
 if SOAK:
-    from test_uv import test_each_errno, test_many_at_once  # noqa: F401
+    from test_uv import (  # noqa: F401
+        test_each_errno,
+        test_many_at_once,
+        test_two_uv_that_use_the_tools_take_turns,
+        test_without_flockshim,
+    )
 
 # On the mount auto is cluster.
 WAYS = [(name, mode) for name in RELEASES for mode in ("auto", "host")] if SOAK else [("newest", "auto")]
 DAYS = WAYS if SOAK else [*WAYS, ("0.4.30", "host")]
-PARALLEL = 20 if SOAK else 5
-JOBS = 100 if SOAK else 20
+PARALLEL = 20 if SOAK else 4
+JOBS = 100 if SOAK else 12
 SECONDS = 280.0 if SOAK else 100.0
 """For all jobs together; a machine that needs longer is too slow for this test."""
 

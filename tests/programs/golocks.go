@@ -50,9 +50,7 @@ func read(file *os.File) int {
 }
 
 // Adds one under an exclusive lock; a shared one must keep the number as it is.
-func turn(path string, operation int) {
-	file := open(path)
-	defer file.Close()
+func turn(file *os.File, operation int) int {
 	err := lock(file, operation|try)
 	for err == syscall.EWOULDBLOCK {
 		err = lock(file, operation)
@@ -60,14 +58,13 @@ func turn(path string, operation int) {
 	check(err)
 	number := read(file)
 	if operation == exclusive {
-		_, err = file.WriteAt([]byte(fmt.Sprintf("%016d", number+1)), 0)
+		number++
+		_, err = file.WriteAt([]byte(fmt.Sprintf("%016d", number)), 0)
 		check(err)
 	} else if now := read(file); now != number {
 		check(fmt.Errorf("%d became %d under a shared lock", number, now))
 	}
-	if number%16 != 0 { // else it ends with the description
-		check(lock(file, syscall.LOCK_UN))
-	}
+	return number
 }
 
 func count(path string, goroutines int, turns int) {
@@ -76,16 +73,25 @@ func count(path string, goroutines int, turns int) {
 		all.Add(1)
 		go func() {
 			defer all.Done()
-			for i := 0; i < turns; i++ {
-				turn(path, exclusive)
-				turn(path, shared)
+			file := open(path)
+			for i := 0; i < 2*turns; i++ {
+				operation := exclusive
+				if i%2 == 1 {
+					operation = shared
+				}
+				if turn(file, operation)%16 != 0 {
+					check(lock(file, syscall.LOCK_UN))
+				} else { // the lock ends with the description
+					check(file.Close())
+					file = open(path)
+				}
 			}
+			check(file.Close())
 		}()
 	}
 	all.Wait()
 }
 
-// Says who it is when it has the lock, and holds it until its input ends.
 func hold(path string) {
 	file := open(path)
 	check(lock(file, exclusive|try))
