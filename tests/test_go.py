@@ -137,8 +137,12 @@ def test_a_go_program_and_preloaded_ones_exclude_each_other(emulated: World, way
     assert holder.stdout
     assert holder.stdout.readline() == f"held by {os.getuid()}\n", end(holder)
     assert emulated.probe(path, EX) == BUSY
-    assert succeeded(holder).err == ""
+    assert holder.stdin
+    holder.stdin.write("\n")
+    holder.stdin.flush()
+    assert holder.stdout.readline() == "unlocked\n", end(holder)
     assert emulated.free(path)
+    assert succeeded(holder).err == ""
 
 
 class Modules:

@@ -92,12 +92,17 @@ func count(path string, goroutines int, turns int) {
 	all.Wait()
 }
 
+// Says who it is when it has the lock, unlocks at the first byte that it reads, and closes at the end.
 func hold(path string) {
 	file := open(path)
 	check(lock(file, exclusive|try))
 	whoever, err := user.Current()
 	check(err)
 	fmt.Println("held by", whoever.Uid)
+	_, err = os.Stdin.Read(make([]byte, 1))
+	check(err)
+	check(lock(file, syscall.LOCK_UN))
+	fmt.Println("unlocked")
 	_, err = io.Copy(io.Discard, os.Stdin)
 	check(err)
 	check(file.Close())
