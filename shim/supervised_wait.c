@@ -97,7 +97,8 @@ int is_taken_up_again(const struct lock_call *call) {
 
     pthread_mutex_lock(&waiting.mutex);
     for (other = waiting.first; other; other = other->next) {
-        if (is_made_again(other, call)) {
+        /* This thread may be slow, and another have come for a later notification. */
+        if (is_made_again(other, call) && !call_is_gone(call)) {
             other->id = call->id;
             pthread_cond_broadcast(&waiting.left);
             break;

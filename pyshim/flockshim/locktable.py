@@ -112,6 +112,11 @@ class FileLock:
             waiter.changed = held != waiter.exclusive
             self.queue.popleft()
             served.append(waiter)
+        # Two calls may wait on one description: what one has got the other has, too.
+        for waiter in [w for w in self.queue if self.holders.get(w.owner) == w.exclusive]:
+            waiter.changed = False
+            self.queue.remove(waiter)
+            served.append(waiter)
         if overdue is not None and self.holders:
             for waiter in [w for w in self.queue if not w.exclusive and w.since <= overdue]:
                 if self._try(waiter.owner, False, True):
