@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 from support.driver import BUSY, EX, NB, OK, SH, UN, Driver
-from support.worlds import ALL, World
+from support.worlds import ALL, ONCE_BY_KEEPER, World
 
 WORLDS = ALL
 
@@ -42,6 +42,7 @@ def test_closing_the_only_descriptor_releases(world: World, means: str, operatio
     assert world.free(path)
 
 
+@pytest.mark.parametrize("world", ONCE_BY_KEEPER, indirect=True)
 @pytest.mark.parametrize("means", CLOSINGS)
 def test_closing_wakes_a_waiter_without_anybody_asking(world: World, means: str) -> None:
     driver = world.start()
@@ -155,7 +156,7 @@ def test_a_new_program_inherits(world: World, how: str, plain: bool) -> None:
         heir = driver
     else:
         heir = driver.spawn(without_preload=plain)
-        if plain and world.emulated:
+        if plain and world.emulated and not world.supervised:
             assert "is started without LD_PRELOAD and not covered" in world.fleet.errors()
             world.fleet.forget_errors()
         driver.exit()
@@ -198,6 +199,7 @@ def test_a_vfork_child_locks_for_its_parent(world: World, operation: int) -> Non
     assert world.free(path)
 
 
+@pytest.mark.parametrize("world", ONCE_BY_KEEPER, indirect=True)
 def test_one_description_many_files_one_process(world: World) -> None:
     """Locks of different files don't meet, however many one process has."""
     paths = [world.file(f"file-{index}") for index in range(20)]

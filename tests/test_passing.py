@@ -6,7 +6,7 @@ import os
 
 import pytest
 from support.driver import BUSY, EX, OK, SH, UN, connect, pass_descriptor
-from support.worlds import ALL, BY_KEEPER, World
+from support.worlds import ALL, BY_KEEPER, ONCE_BY_KEEPER, World
 
 WORLDS = ALL
 
@@ -48,6 +48,7 @@ def test_a_descriptor_in_flight_holds(world: World, ended: str) -> None:
     assert world.free(path)
 
 
+@pytest.mark.parametrize("world", ONCE_BY_KEEPER, indirect=True)
 def test_a_descriptor_that_nobody_will_receive_is_released(world: World) -> None:
     sender, fd = world.opened()
     receiver = world.start()
@@ -62,6 +63,7 @@ def test_a_descriptor_that_nobody_will_receive_is_released(world: World) -> None
     assert waiting.result() == OK
 
 
+@pytest.mark.parametrize("world", ONCE_BY_KEEPER, indirect=True)
 def test_a_stranger_s_descriptors_in_flight_do_not_hold(world: World) -> None:
     """A file that has nothing to do with the lock may stay unread in a socket for ever."""
     path = world.file()

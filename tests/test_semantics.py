@@ -144,6 +144,24 @@ def test_two_waiters_on_one_description(world: World) -> None:
     assert [call.result() for call in waiting] == [OK, OK]
 
 
+@pytest.mark.parametrize("world", BY_KEEPER, indirect=True)
+def test_two_waiters_on_one_description_and_another_between(world: World) -> None:
+    """Natively the other one may be the first to get the lock; if not, there too both calls return."""
+    holder, held_fd = world.opened()
+    other, other_fd = world.opened()
+    third, third_fd = world.opened()
+    assert holder.flock(held_fd, EX) == OK
+    calls = []
+    for driver, fd in (other, other_fd), (third, third_fd), (other, other_fd):
+        calls.append(driver.flock_later(fd, EX))
+        world.await_blocked(*calls)
+    assert holder.flock(held_fd, UN) == OK
+    assert [calls[0].result(), calls[2].result()] == [OK, OK]
+    world.await_blocked(calls[1])
+    assert other.flock(other_fd, UN) == OK
+    assert calls[1].result() == OK
+
+
 def test_a_shared_try_succeeds_while_a_writer_waits(world: World) -> None:
     path = world.file()
     reader, reader_fd = world.opened()

@@ -48,13 +48,14 @@ class Supervision:
                 continue
 
     def descriptors(self) -> list[str]:
-        """What the supervisor has open, but for the eventfds of its threads, which keep them for their next calls."""
+        """What the supervisor has open, but for what its threads keep for their next calls."""
         base = f"/proc/{self.pid}/fd"
         links = []
         for name in os.listdir(base):
             with suppress(FileNotFoundError):
                 links.append(os.readlink(f"{base}/{name}"))
-        return sorted(link for link in links if "eventfd" not in link)
+        kept = "eventfd", "pidfd", "/fdinfo/"
+        return sorted(link for link in links if not any(word in link for word in kept))
 
     def threads(self) -> int:
         """How many it has."""
