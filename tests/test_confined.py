@@ -32,8 +32,10 @@ from test_descriptors import (  # noqa: F401
 )
 from test_passing import (  # noqa: F401
     test_a_descriptor_in_flight_holds,
-    test_a_descriptor_that_nobody_will_receive_is_released,
     test_the_receiver_of_a_descriptor_holds_on,
+)
+from test_passing import (
+    test_a_descriptor_that_nobody_will_receive_is_released as unreceived_is_released,
 )
 from test_semantics import (  # noqa: F401
     test_a_refused_upgrade_has_lost_the_shared_lock,
@@ -66,6 +68,11 @@ def blind_world(request: pytest.FixtureRequest, rendezvous: Path) -> Iterator[Wo
     So a lock may last a moment longer than it must, and tests wait for its end.
     """
     yield from _world(request, rendezvous, *confined(request.param))
+
+
+def test_a_descriptor_that_nobody_will_receive_is_released(world: World) -> None:
+    """Its own parameters are other worlds."""
+    unreceived_is_released(world)
 
 
 @pytest.fixture

@@ -50,6 +50,11 @@ class Model:
             served.append(number)
             del self.waiting[0]
         for asked in list(self.waiting):
+            number, owner, mode, _ = asked
+            if self.held.get(owner) == mode:
+                self.waiting.remove(asked)
+                served.append(number)
+        for asked in list(self.waiting):
             number, owner, mode, since = asked
             late = overdue is not None and since <= overdue
             if late and mode == SHARED and self.held and self.fits(owner, SHARED):
@@ -218,6 +223,16 @@ def test_two_requests_of_one_owner_are_both_answered(lock: FileLock) -> None:
     assert lock.request("B", EXCLUSIVE, True, 2) == WAITING
     lock.release("A")
     assert _contexts(lock.serve()) == [1, 2]
+
+
+def test_a_request_behind_another_owners_is_answered_with_one_of_its_own(lock: FileLock) -> None:
+    lock.request("A", EXCLUSIVE, False)
+    assert lock.request("B", EXCLUSIVE, True, "first") == WAITING
+    assert lock.request("C", EXCLUSIVE, True, "other") == WAITING
+    assert lock.request("B", EXCLUSIVE, True, "second") == WAITING
+    lock.release("A")
+    served = lock.serve()
+    assert [(waiter.context, waiter.changed) for waiter in served] == [("first", True), ("second", False)]
 
 
 @pytest.mark.parametrize(
