@@ -287,7 +287,7 @@ def test_ctrl_z_and_fg(terminal: Terminal) -> None:
         terminal.expect("Stopped")
         terminal.await_shell()
         terminal.type("fg")
-        terminal.await_job()
+        terminal.await_continued()
     terminal.type("a word")
     terminal.expect("read a word\n")
     terminal.await_shell()

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from flockshim import holders
 from support.proc import DEADLINE, await_end, await_true
 
 SHELLS = {"bash": ["bash", "--norc", "--noprofile", "--noediting", "-i"], "dash": ["dash", "-i"]}
@@ -89,6 +90,11 @@ class Terminal:
         await_true(lambda: self.foreground() != self.shell.pid, "a job to be in the foreground")
         return self.foreground()
 
+    def await_continued(self) -> None:
+        """Return when no process of the job in the foreground is stopped: the shell continues it only thereafter."""
+        job = self.await_job()
+        await_true(lambda: not any(map(holders.is_stopped, _members(job))), "the job to be continued")
+
     def await_shell(self) -> None:
         """Return when the shell itself is in the foreground again."""
         await_true(lambda: self.foreground() == self.shell.pid, "the shell to be in the foreground")
@@ -125,3 +131,12 @@ def _session(leader: int) -> Iterator[int]:
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(int(entry)) == leader:
                     yield int(entry)
+
+
+def _members(group: int) -> list[int]:
+    found = []
+    for name in os.listdir("/proc"):
+        with contextlib.suppress(ProcessLookupError):
+            if name.isdigit() and os.getpgid(int(name)) == group:
+                found.append(int(name))
+    return found
