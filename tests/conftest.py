@@ -13,7 +13,7 @@ import hypothesis
 import pytest
 from support.groups import ControlGroup, NoControlGroups
 from support.keepers import end_keepers
-from support.worlds import SupervisedWorld, World
+from support.worlds import ON_FUSE, ON_KERNEL, SupervisedWorld, World
 
 from flockshim.pytest_plugin import require
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from support.supervision import Supervision
 
 NATIVE_ROOT = "/dev/shm"
+DIRECTORIES = {"supervised": "nolock_dir", ON_KERNEL: "native_directory", ON_FUSE: "fuse_directory"}
+"""Where each supervised world has its files."""
+
 LEASE = 3.0
 """Seconds: short, and long enough for a machine that is busy."""
 
@@ -112,6 +115,14 @@ def _ended_quietly(world: World) -> None:
 
 
 @pytest.fixture
+def fuse_directory(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A directory whose kernel locks, as far as can be seen only by trying."""
+    mount = request.getfixturevalue("_nolock_mounts").get("local", "local")
+    with tempfile.TemporaryDirectory(prefix="locks-", dir=mount.path) as directory:
+        yield Path(directory)
+
+
+@pytest.fixture
 def native_directory() -> Iterator[Path]:
     """A directory whose kernel locks."""
     with tempfile.TemporaryDirectory(prefix="native-", dir=NATIVE_ROOT) as directory:
@@ -133,8 +144,7 @@ def world(request: pytest.FixtureRequest, session_rendezvous: Path) -> Iterator[
     elif request.param == "emulated":
         world = emulated_world(request, session_rendezvous)
     else:
-        directory = "native_directory" if "kernel" in request.param else "nolock_dir"
-        world = _supervised_world(request, request.param, request.getfixturevalue(directory))
+        world = _supervised_world(request, request.param, request.getfixturevalue(DIRECTORIES[request.param]))
     yield world
     _ended_quietly(world)
 
@@ -167,7 +177,7 @@ def supervised(request: pytest.FixtureRequest, nolock_dir: Path) -> Iterator[Wor
 @pytest.fixture
 def supervised_kernel(request: pytest.FixtureRequest, native_directory: Path) -> Iterator[World]:
     """Static programs under a supervisor, on a file system that locks."""
-    world = _supervised_world(request, "supervised, kernel", native_directory)
+    world = _supervised_world(request, ON_KERNEL, native_directory)
     yield world
     _ended_quietly(world)
 

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 from support.driver import EX, NB, OK, SH, UN, Call, Driver
 from support.proc import await_true, thread_state
-from support.worlds import ALL, World
+from support.worlds import ALL, ON_FUSE, World
 
-WORLDS = ALL
+WORLDS = [*ALL, ON_FUSE]
 
 SA_RESTART = 0x10000000
 

@@ -26,7 +26,7 @@ from flockshim.locking import Locker
 MAGIC, LOCK, CANCEL, TAKEN = 0x4B434C46, 1, 2, 8
 KIND = slice(6, 8)
 
-KINDS = ["exclusive"] * 3 + ["shared"] + ["deliver"] * 2 + ["gone"] * 2 + ["unlock"]
+KINDS = ["exclusive"] * 3 + ["shared", "downgrade"] + ["deliver"] * 2 + ["gone"] * 2 + ["killed", "unlock"]
 SEEDS = 20000 if os.environ.get("FLOCKSHIM_SOAK") == "1" else 150
 
 
@@ -60,6 +60,9 @@ class Call:
 
     def deliver(self) -> None:
         self._send(TAKEN, [])
+        self._connection.close()
+
+    def hang_up(self) -> None:
         self._connection.close()
 
     def give_up(self) -> None:
@@ -122,27 +125,41 @@ class History:
             self.told.pop(descriptor, None)
             for call in self.granted:
                 call.void |= call.descriptor == descriptor
+        elif kind == "downgrade":
+            self._downgrade(descriptor)
         elif calls:
             call = calls[number % len(calls)]
+            self._end(call, kind)
             (self.granted if call in self.granted else self.waiting).remove(call)
-            self._end(call, kind == "deliver")
         self.keeper.catch_up()
         self._collect()
         if not self.waiting and not self.granted:
             assert self.keeper.is_free() == (not self.told)
 
-    def _ask(self, descriptor: int, operation: int) -> None:
+    def _ask(self, descriptor: int, operation: int, converts: bool = False) -> None:
         """Only calls for one mode are under way at a time on a description: else which comes first is open."""
         others = [call for call in self.waiting + self.granted if call.descriptor == descriptor]
-        if all(call.operation == operation for call in others) and self.told.get(descriptor, operation) == operation:
+        same = self.told.get(descriptor, operation) == operation
+        if all(call.operation == operation for call in others) and (same or converts):
             self.waiting.append(self.keeper.ask(descriptor, operation))
 
-    def _end(self, call: Call, delivered: bool) -> None:
-        if not delivered:
+    def _downgrade(self, descriptor: int) -> None:
+        """Whoever makes an exclusive lock shared has a lock before and after, so that it is never taken back."""
+        if self.told.get(descriptor) == EX and not any(call.descriptor == descriptor for call in self.granted):
+            self._ask(descriptor, SH, converts=True)
+            self.told[descriptor] = SH
+
+    def _end(self, call: Call, kind: str) -> None:
+        """A supervisor that is killed may have told the program before."""
+        if kind == "gone":
             call.give_up()
             return
-        call.deliver()
-        if not call.void:
+        was_granted = call in self.granted
+        if kind == "deliver":
+            call.deliver()
+        else:
+            call.hang_up()
+        if was_granted and not call.void:
             self.told[call.descriptor] = call.operation
             self._check(call)
 

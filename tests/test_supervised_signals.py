@@ -15,10 +15,10 @@ from support.driver import BUSY, EX, NB, OK, SH, UN, Call
 from support.proc import await_true, thread_state
 from support.states import await_in_flock, held, stop
 from support.supervision import Supervision
-from support.worlds import World
+from support.worlds import ON_FUSE, ON_KERNEL, World
 
 SA_RESTART = 0x10000000
-WORLDS = ["supervised", "supervised, kernel"]
+WORLDS = ["supervised", ON_KERNEL, ON_FUSE]
 
 
 # Before the supervisor has read of the call: it is stopped.
@@ -89,6 +89,16 @@ def test_stopped_before_it_was_read(world: World, supervision: Supervision) -> N
     driver.signal(signal.SIGCONT)
     assert call.result() == OK
     assert not world.free(world.file())
+
+
+def test_the_supervisor_has_closed_its_duplicate_when_the_program_goes_on(world: World) -> None:
+    """Else a description that is closed at once would be found open, and keep its lock."""
+    driver = world.start()
+    for _ in range(20):
+        fd = driver.open(world.file())
+        assert driver.flock(fd, EX) == OK
+        driver.close(fd)
+        assert world.free(world.file())
 
 
 # While it waits.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 from support.driver import EX, OK, Call, Driver
 from support.proc import await_true, thread_state
@@ -11,14 +12,14 @@ from support.worlds import FLOCK_SYSCALL, World
 
 
 def stop(pid: int) -> None:
-    """Stop a process, and return when it has stopped."""
+    """Stop a process, and return when all of its threads have stopped."""
     os.kill(pid, signal.SIGSTOP)
     await_true(lambda: _is_stopped(pid), f"process {pid} to stop")
 
 
 def _is_stopped(pid: int) -> bool:
-    with open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rpartition(")")[2].split()[0] == "T"
+    stats = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def await_in_flock(call: Call) -> None:

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 FLOCK_SYSCALL = {"x86_64": 73, "aarch64": 32}.get(platform.machine(), -1)
 
 
-ALL = ["native", "emulated", "supervised", "supervised, kernel"]
+ON_KERNEL = "supervised, kernel"
+ON_FUSE = "supervised, kernel on FUSE"
+ALL = ["native", "emulated", "supervised", ON_KERNEL]
 BY_KEEPER = ["emulated", "supervised"]
 # For what takes a keeper a second, and is the same to it whoever asks.
-ONCE_BY_KEEPER = ["native", "emulated", "supervised, kernel"]
+ONCE_BY_KEEPER = ["native", "emulated", ON_KERNEL]
 
 
 class World:
@@ -134,7 +136,7 @@ class SupervisedWorld(World):
 
         super().__init__(name, directory, environment, *LAUNCHER)
         self.supervised = True
-        self.emulated = "kernel" not in name
+        self.emulated = name not in (ON_KERNEL, ON_FUSE)
         self.supervision = supervision
 
     def start(self) -> Driver:
