@@ -17,12 +17,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = os.path.dirname(os.path.abspath(__file__))
 LIBRARY = "flockshim.libflockshim"
 
-CLIENT_SOURCES = ["lock", "client", "channel", "shared", "start", "rendezvous", "report", "config", "text"]
-SHIM_SOURCES = ["flock", "exec", "next", "reach", "told", *CLIENT_SOURCES, "memory"]
+CLIENT_SOURCES = ["lock", "record", "client", "channel", "shared", "start", "rendezvous", "report", "config", "text"]
+SHIM_SOURCES = ["flock", "fcntl", "exec", "next", "reach", "told", *CLIENT_SOURCES, "memory"]
 NATIVE_SOURCES = [
     *CLIENT_SOURCES,
     "requests",
     "listing",
+    "recordproxy",
     "process",
     "descriptions",
     "search",
@@ -34,6 +35,7 @@ NATIVE_SOURCES = [
     "supervise",
     "supervised_kernel",
     "supervised_wait",
+    "supervised_record",
 ]
 
 STRICT = ["-std=c11", "-D_GNU_SOURCE", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
@@ -67,6 +69,8 @@ CDEF = """
         uint32_t flags;
         int32_t timeout;
         int32_t pid;
+        int32_t family;
+        int64_t first, last;
         ...;
     };
     struct native_packet {
@@ -102,6 +106,7 @@ CDEF = """
     #define PROTOCOL_VERSION ...
     #define STATUS_LOCK ...
     #define STATUS_LIST ...
+    #define STATUS_KNOCK ...
     #define STATUS_CANCEL ...
     #define STATUS_TAKEN ...
     #define STATUS_NOTHING ...
@@ -114,6 +119,14 @@ CDEF = """
     #define KIND_WAITING ...
     #define KIND_GRANT ...
     #define KIND_TIMEOUT ...
+    #define KIND_KNOCK ...
+    #define KIND_FOUND ...
+    #define FLAG_STAY ...
+    #define PROTOCOL_MAGIC ...
+    #define FAMILY_FLOCK ...
+    #define FAMILY_PROCESS ...
+    #define LOCK_TEST ...
+    #define RECORD_END ...
     #define PING_ERROR_OF_SUCCESS ...
     #define FLAG_TELL ...
     #define FLAG_CLUSTER ...
@@ -124,8 +137,8 @@ CDEF = """
     int config_triggers(const struct config *config, int error);
     int is_for_all_hosts(const struct config *config, int descriptor);
     int lock_by_kernel(const struct config *config, int descriptor, int operation);
-    int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor, int operation,
-                     int kernel_error);
+    int flock_by_mode(const struct config *config, struct client_wait *wait, int descriptor, int operation,
+                      int kernel_error);
 
     void native_accept(int listener, struct native_packet *packet);
     void native_receive(int connection, struct native_packet *packet);
@@ -133,7 +146,15 @@ CDEF = """
     void native_send(int connection, int kind, int error, const char *text);
     void native_answer(int connection, int kind, int error, const char *text);
     int native_ask_for_list(const char *socket_path, int descriptor, int milliseconds);
+    void native_send_found(int connection, int exclusive, int pid, int64_t first, int64_t last, const char *holder);
     int native_try_lock(int descriptor, int exclusive);
+    struct native_range {
+        int64_t first, last;
+        int exclusive;
+    };
+    int native_lock_record(int descriptor, int operation, int64_t first, int64_t last);
+    int native_test_record(int descriptor, int operation, struct native_range *range);
+    int native_was_closed_at(int kept, int pid, int number);
     int native_same_description(int one, int other);
     int native_compare(int one, int other, int *error);
     int native_is_open_in(int kept, int pid);

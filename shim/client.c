@@ -234,6 +234,9 @@ static enum outcome receive_answer(struct call *call) {
         if (call->answer.kind == KIND_GRANT && send_word(call, KIND_TAKEN) < 0)
             return is_same_file(call) ? lose(call, cancelled) : ANSWERED;
         call->wait->timed_out = call->answer.kind == KIND_TIMEOUT;
+        call->wait->is_found = call->answer.kind == KIND_FOUND;
+        if (call->wait->is_found)
+            call->wait->found = call->answer.found;
         if (call->answer.kind == KIND_REFUSAL || call->answer.kind == KIND_TIMEOUT)
             return refuse(call, call->answer.text);
         return call->answer.kind == KIND_REDIRECT ? REDIRECTED : ANSWERED;
@@ -262,6 +265,14 @@ static enum outcome ask(struct call *call) {
     return outcome;
 }
 
+/* Who unlocks what nobody has locked, or asks about it, needs no keeper; but other hosts do not
+ * need ours to lock. */
+static int is_in_vain_without_keeper(const struct call *call) {
+    int operation = call->request.operation;
+
+    return operation == LOCK_UN || (operation & LOCK_TEST && !(call->request.flags & FLAG_CLUSTER));
+}
+
 /* Nobody listens: our own keeper must be started, unless there is nothing to unlock. A process that
  * was moved to another control group may have its lock from another keeper, to which ours will send
  * it. */
@@ -272,8 +283,7 @@ static enum outcome find_keeper(struct call *call, int redirected) {
         rendezvous_find(call->config, &call->rendezvous);
         return LOST;
     }
-    if (call->request.operation == LOCK_UN &&
-        !rendezvous_has_proxy(&call->rendezvous, call->request.device, call->request.inode))
+    if (is_in_vain_without_keeper(call) && !rendezvous_has_proxy(&call->rendezvous, &call->request))
         return ANSWERED;
     failure = start_keeper(call->config, &call->rendezvous);
     return failure ? refuse(call, failure) : NO_KEEPER;
@@ -326,20 +336,28 @@ static uint32_t flags_of(const struct call *call) {
            (call->config->only_warn ? FLAG_ONLY_WARN : 0);
 }
 
-static enum outcome prepare(struct call *call, const struct stat *status, int operation) {
-    call->blocking = !(operation & (LOCK_NB | LOCK_UN));
+static enum outcome prepare(struct call *call, const struct stat *status,
+                            const struct client_request *request) {
+    int operation = request->operation & LOCK_TEST ? request->operation
+                    : request->operation & LOCK_UN ? LOCK_UN
+                                                   : request->operation;
+
+    call->blocking = !(operation & (LOCK_NB | LOCK_UN | LOCK_TEST));
     if (call->blocking)
         call->begin = now_in_nanoseconds();
-    call->request = (struct protocol_request){
-        .magic = PROTOCOL_MAGIC,
-        .version = PROTOCOL_VERSION,
-        .kind = KIND_LOCK,
-        .operation = operation & LOCK_UN ? LOCK_UN : operation,
-        .descriptor = call->wait->pid ? call->wait->number : call->descriptor,
-        .pid = call->wait->pid,
-        .device = status->st_dev,
-        .inode = status->st_ino,
-        .flags = flags_of(call)};
+    call->request = (struct protocol_request){.magic = PROTOCOL_MAGIC,
+                                              .version = PROTOCOL_VERSION,
+                                              .kind = KIND_LOCK,
+                                              .operation = operation,
+                                              .family = request->family,
+                                              .first = request->first,
+                                              .last = request->last,
+                                              .descriptor = call->wait->pid ? call->wait->number
+                                                                            : call->descriptor,
+                                              .pid = call->wait->pid,
+                                              .device = status->st_dev,
+                                              .inode = status->st_ino,
+                                              .flags = flags_of(call)};
     if (call->config->bad) {
         struct text text = text_over(call->answer.text, sizeof call->answer.text);
 
@@ -358,8 +376,8 @@ static void note_refusal(struct call *call) {
     text_add(&text, call->refusal);
 }
 
-int client_flock(const struct config *config, struct client_wait *wait, int descriptor,
-                 int operation) {
+int client_lock(const struct config *config, struct client_wait *wait, int descriptor,
+                const struct client_request *request) {
     struct call call = {.config = config, .wait = wait, .descriptor = descriptor};
     struct stat status;
     int result = (int)sys2(SYS_fstat, descriptor, &status);
@@ -367,7 +385,7 @@ int client_flock(const struct config *config, struct client_wait *wait, int desc
 
     if (result < 0)
         return result;
-    outcome = prepare(&call, &status, operation);
+    outcome = prepare(&call, &status, request);
     if (outcome == ANSWERED)
         outcome = ask_until_answered(&call);
     if (call.interrupted && (outcome == REFUSED || call.answer.error == EWOULDBLOCK))

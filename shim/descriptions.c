@@ -2,10 +2,12 @@
  * flock(2). kcmp(2) decides; where it is forbidden (seccomp filters of containers) a flag of the
  * description does. What cannot be seen counts as open: a lock may last longer but never less.
  */
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kcmp.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -108,6 +110,25 @@ static int may_have_path_of(int kept, pid_t pid, int number) {
         return errno == ENAMETOOLONG;
     return !path_of(native_self(), kept, one) || strcmp(one, other) == 0 ||
            !path_of(native_self(), kept, again) || strcmp(one, again) != 0;
+}
+
+int native_was_closed_at(int kept, int pid, int number) {
+    char name[64];
+    struct dirent *entry;
+    DIR *tasks;
+    int found;
+
+    if (native_is_open_at(kept, pid, number) || process_is_hidden(pid))
+        return 0;
+    /* The main thread may have ended, or one have a table of its own: unshare(2). */
+    snprintf(name, sizeof name, "/proc/%d/task", pid);
+    tasks = opendir(name);
+    found = !tasks && errno != ENOENT;
+    while (tasks && !found && (entry = readdir(tasks)))
+        found = *entry->d_name != '.' && native_is_open_at(kept, atoi(entry->d_name), number);
+    if (tasks)
+        closedir(tasks);
+    return !found;
 }
 
 int native_is_open_at(int kept, int pid, int number) {

@@ -9,28 +9,35 @@
 
 #include "native.h"
 #include "notify.h"
+#include "record.h"
 
 #define X32_BIT 0x40000000 /* x32 has the architecture of x86_64, and marks its numbers */
 
-/* A kernel may run programs of several architectures, whose numbers differ: seccomp(2). */
+/* A kernel may run programs of several architectures, whose numbers differ: seccomp(2). Those of 32
+ * bits have fcntl64 besides. */
 static const struct {
-    uint32_t architecture, number;
-} flock_calls[] = {
+    uint32_t architecture, flock[2], fcntl[2];
+} lock_calls[] = {
 #if defined(__x86_64__)
-    {AUDIT_ARCH_X86_64, 73},
-    {AUDIT_ARCH_X86_64, X32_BIT | 73},
-    {AUDIT_ARCH_I386, 143},
+    {AUDIT_ARCH_X86_64, {73, X32_BIT | 73}, {72, X32_BIT | 72}},
+    {AUDIT_ARCH_I386, {143, 143}, {55, 221}},
 #else
-    {AUDIT_ARCH_AARCH64, 32},
-    {AUDIT_ARCH_ARM, 143},
+    {AUDIT_ARCH_AARCH64, {32, 32}, {25, 25}},
+    {AUDIT_ARCH_ARM, {143, 143}, {55, 221}},
 #endif
 };
 
-#define CALLS (sizeof flock_calls / sizeof *flock_calls)
+/* Commands of fcntl(2) for record locks; F_GETLK64 to F_SETLKW64 of 32 bits mean nothing in others.
+ */
+static const uint32_t setting[] = {F_SETLK, F_SETLKW, 13, 14, F_OFD_SETLK, F_OFD_SETLKW};
+static const uint32_t testing[] = {F_GETLK, 12, F_OFD_GETLK};
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+#define GROUP_LENGTH 8
 #define FIELD(name) ((uint32_t)offsetof(struct seccomp_data, name))
 
 struct program {
-    struct sock_filter code[64];
+    struct sock_filter code[128];
     unsigned short length;
 };
 
@@ -48,16 +55,49 @@ static void finish(struct program *program, uint32_t answer) {
     add(program, BPF_RET | BPF_K, answer, 0, 0);
 }
 
-/* Goes on behind with a call of flock(2), and lets others pass. */
-static void select_flock(struct program *program) {
-    for (size_t i = 0; i < CALLS; i++) {
-        unsigned char rest = (unsigned char)(4 * (CALLS - i - 1) + 1);
+static void append(struct program *program, const struct program *part) {
+    for (unsigned short i = 0; i < part->length; i++)
+        program->code[program->length++] = part->code[i];
+}
 
+static void jump_if(struct program *program, uint32_t value, size_t target) {
+    add(program, BPF_JMP | BPF_JEQ | BPF_K, value, (unsigned char)(target - program->length - 1),
+        0);
+}
+
+/* Goes on in one of the parts with a lock call, and lets others pass. */
+static void select_calls(struct program *program, const struct program *flock_part,
+                         const struct program *fcntl_part) {
+    const size_t of_flock = COUNT(lock_calls) * GROUP_LENGTH + 1;
+    const size_t of_fcntl = of_flock + flock_part->length;
+
+    for (size_t i = 0; i < COUNT(lock_calls); i++) {
         load(program, FIELD(arch));
-        add(program, BPF_JMP | BPF_JEQ | BPF_K, flock_calls[i].architecture, 0, 2);
+        add(program, BPF_JMP | BPF_JEQ | BPF_K, lock_calls[i].architecture, 0, GROUP_LENGTH - 2);
         load(program, FIELD(nr));
-        add(program, BPF_JMP | BPF_JEQ | BPF_K, flock_calls[i].number, rest, 0);
+        jump_if(program, lock_calls[i].flock[0], of_flock);
+        jump_if(program, lock_calls[i].flock[1], of_flock);
+        jump_if(program, lock_calls[i].fcntl[0], of_fcntl);
+        jump_if(program, lock_calls[i].fcntl[1], of_fcntl);
+        finish(program, SECCOMP_RET_ALLOW);
     }
+    finish(program, SECCOMP_RET_ALLOW);
+    append(program, flock_part);
+    append(program, fcntl_part);
+}
+
+static void answer_commands(struct program *program, const uint32_t commands[], size_t count,
+                            uint32_t answer) {
+    for (size_t i = 0; i < count; i++) {
+        add(program, BPF_JMP | BPF_JEQ | BPF_K, commands[i], 0, 1);
+        finish(program, answer);
+    }
+}
+
+static void answer_fcntl(struct program *program, uint32_t to_setting, uint32_t to_testing) {
+    load(program, FIELD(args[1]));
+    answer_commands(program, setting, COUNT(setting), to_setting);
+    answer_commands(program, testing, COUNT(testing), to_testing);
     finish(program, SECCOMP_RET_ALLOW);
 }
 
@@ -107,20 +147,25 @@ static int install(struct program *program, unsigned int flags) {
 }
 
 int native_report_lock_calls(void) {
-    struct program program = {.length = 0};
+    struct program program = {.length = 0}, of_flock = {.length = 0}, of_fcntl = {.length = 0};
 
-    select_flock(&program);
-    finish(&program, NOTIFY_RETURN);
+    finish(&of_flock, NOTIFY_RETURN);
+    answer_fcntl(&of_fcntl, NOTIFY_RETURN, NOTIFY_RETURN);
+    select_calls(&program, &of_flock, &of_fcntl);
     return install(&program, NOTIFY_NEW_LISTENER);
 }
 
+/* That no lock is in the way F_GETLK says in the program's memory, where a filter cannot write:
+ * then the kernel is asked. */
 int native_answer_lock_calls(int error) {
-    struct program program = {.length = 0};
+    const uint32_t answer = SECCOMP_RET_ERRNO | (uint32_t)error;
+    struct program program = {.length = 0}, of_flock = {.length = 0}, of_fcntl = {.length = 0};
 
-    select_flock(&program);
-    answer_ping(&program, error ? PING_ERROR_OF_FAILURE : PING_ERROR_OF_SUCCESS);
-    let_bad_calls_pass(&program);
-    finish(&program, SECCOMP_RET_ERRNO | (uint32_t)error);
+    answer_ping(&of_flock, error ? PING_ERROR_OF_FAILURE : PING_ERROR_OF_SUCCESS);
+    let_bad_calls_pass(&of_flock);
+    finish(&of_flock, answer);
+    answer_fcntl(&of_fcntl, answer, error ? answer : SECCOMP_RET_ALLOW);
+    select_calls(&program, &of_flock, &of_fcntl);
     return install(&program, 0);
 }
 

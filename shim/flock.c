@@ -8,7 +8,7 @@ __attribute__((visibility("default"))) int flock(int descriptor, int operation);
 
 static int emulated(const struct config *config, int descriptor, int operation, int kernel_error) {
     struct client_wait wait = {.timeout = config->timeout, .cancel = -1};
-    int result = lock_by_mode(config, &wait, descriptor, operation, kernel_error);
+    int result = flock_by_mode(config, &wait, descriptor, operation, kernel_error);
 
     if (wait.timed_out)
         report_timeout(config, descriptor, wait.refusal);

@@ -20,22 +20,25 @@ static int is_below(int descriptor, const char *directory) {
 
 /* Calls that the kernel would refuse whatever the file system are left to it, so that its EBADF and
  * EINVAL are the program's: bad and O_PATH descriptors, and those opened for neither reading nor
- * writing. */
-static int is_lockable(int descriptor, int operation, struct stat *status) {
-    int plain = operation & ~LOCK_NB;
+ * writing. Of record locks record.c has found out the rest. */
+static int is_lockable(int descriptor, const struct client_request *request, struct stat *status) {
+    int plain = request->operation & ~LOCK_NB;
     long flags = sys3(SYS_fcntl, descriptor, F_GETFL, 0);
 
-    return (plain == LOCK_SH || plain == LOCK_EX || plain == LOCK_UN) && flags >= 0 &&
-           !(flags & O_PATH) && (flags & O_ACCMODE) != O_ACCMODE &&
-           sys2(SYS_fstat, descriptor, status) == 0;
+    if (request->family == FAMILY_FLOCK &&
+        ((plain != LOCK_SH && plain != LOCK_EX && plain != LOCK_UN) ||
+         (flags & O_ACCMODE) == O_ACCMODE))
+        return 0;
+    return flags >= 0 && !(flags & O_PATH) && sys2(SYS_fstat, descriptor, status) == 0;
 }
 
 /* File systems that cannot lock refuse regular files only; --force is for any file that programs
  * lock by name. */
-int lock_without_kernel(const struct config *config, int descriptor, int operation) {
+int lock_without_kernel(const struct config *config, int descriptor,
+                        const struct client_request *request) {
     struct stat status;
 
-    if ((!config->force && !config->simulate) || !is_lockable(descriptor, operation, &status))
+    if ((!config->force && !config->simulate) || !is_lockable(descriptor, request, &status))
         return 0;
     if (config->simulate && S_ISREG(status.st_mode) &&
         (!*config->simulate_directory || is_below(descriptor, config->simulate_directory)))
@@ -46,7 +49,8 @@ int lock_without_kernel(const struct config *config, int descriptor, int operati
 }
 
 int lock_by_kernel(const struct config *config, int descriptor, int operation) {
-    int error = lock_without_kernel(config, descriptor, operation);
+    const struct client_request request = {.family = FAMILY_FLOCK, .operation = operation};
+    int error = lock_without_kernel(config, descriptor, &request);
 
     return error ? -error : (int)sys2(SYS_flock, descriptor, operation);
 }
@@ -58,7 +62,7 @@ static int is_call_missing(const struct config *config, int kernel_error) {
 }
 
 int lock_by_mode(const struct config *config, struct client_wait *wait, int descriptor,
-                 int operation, int kernel_error) {
+                 const struct client_request *request, int kernel_error) {
     int result;
 
     switch (config->mode) {
@@ -70,10 +74,18 @@ int lock_by_mode(const struct config *config, struct client_wait *wait, int desc
         if (is_call_missing(config, kernel_error)) {
             struct text text = text_over(wait->refusal, sizeof wait->refusal);
 
-            text_add(&text, "flock() itself is missing; has the supervisor of this program ended?");
+            text_add(&text,
+                     "the call itself is missing; has the supervisor of this program ended?");
             return -kernel_error;
         }
-        result = client_flock(config, wait, descriptor, operation);
+        result = client_lock(config, wait, descriptor, request);
         return *wait->refusal ? -kernel_error : result;
     }
+}
+
+int flock_by_mode(const struct config *config, struct client_wait *wait, int descriptor,
+                  int operation, int kernel_error) {
+    const struct client_request request = {.family = FAMILY_FLOCK, .operation = operation};
+
+    return lock_by_mode(config, wait, descriptor, &request, kernel_error);
 }

@@ -15,6 +15,7 @@
 enum native_status {
     STATUS_LOCK,    /* a request, with its description */
     STATUS_LIST,    /* a descriptor to which the list of all locks shall be written */
+    STATUS_KNOCK,   /* another keeper asks about a record lock */
     STATUS_CANCEL,  /* a waiting call was interrupted */
     STATUS_TAKEN,   /* a grant has reached its program */
     STATUS_NOTHING, /* no packet yet */
@@ -36,6 +37,9 @@ void native_accept(int listener, struct native_packet *packet);
 void native_receive(int connection, struct native_packet *packet);
 /* Sends a packet to a program. */
 void native_send(int connection, int kind, int error, const char *text);
+/* Tells that a lock is in the way: exclusive or not, of which process, and its range. */
+void native_send_found(int connection, int exclusive, int pid, int64_t first, int64_t last,
+                       const char *holder);
 /* From now on nothing comes by this connection but what has come already. */
 void native_stop_receiving(int connection);
 /* Sends the answer and closes the connection. */
@@ -49,6 +53,18 @@ int native_ask_for_list(const char *socket_path, int descriptor, int millisecond
  */
 int native_try_lock(int descriptor, int exclusive);
 
+/* A record lock by this open file description, without waiting, on a proxy: as above. */
+int native_lock_record(int descriptor, int operation, int64_t first, int64_t last);
+
+struct native_range {
+    int64_t first, last;
+    int exclusive;
+};
+
+/* Whether a lock of others forbids one of this range: 1, and the range is that lock's; 0; or
+ * -errno. */
+int native_test_record(int descriptor, int operation, struct native_range *range);
+
 /* Whether two descriptors of this process are one description: 1, 0, or -errno. See descriptions.c.
  */
 int native_same_description(int one, int other);
@@ -57,6 +73,8 @@ int native_same_description(int one, int other);
 int native_compare(int one, int other, int *error);
 /* Whether descriptor `number` of process `pid` is the description `kept`. */
 int native_is_open_at(int kept, int pid, int number);
+/* Whether it surely is not any more, in any thread's table. */
+int native_was_closed_at(int kept, int pid, int number);
 /* Whether the description `kept` is open in process `pid`. */
 int native_is_open_in(int kept, int pid);
 /* close(2), for descriptors in the hot path. */

@@ -131,14 +131,15 @@ static void add_short_hex(struct text *text, uint64_t number) {
 }
 
 /* The name that host.py gives a proxy. */
-int rendezvous_has_proxy(const struct rendezvous *rendezvous, uint64_t device, uint64_t inode) {
+int rendezvous_has_proxy(const struct rendezvous *rendezvous,
+                         const struct protocol_request *request) {
     char path[CONFIG_MAX_DIRECTORY + 64];
     struct text text = text_over(path, sizeof path);
 
     text_add(&text, rendezvous->directory);
-    text_add(&text, "/p-");
-    add_short_hex(&text, device);
+    text_add(&text, request->family == FAMILY_FLOCK ? "/p-" : "/r-");
+    add_short_hex(&text, request->device);
     text_add(&text, "-");
-    add_short_hex(&text, inode);
+    add_short_hex(&text, request->inode);
     return sys3(SYS_faccessat, AT_FDCWD, path, F_OK) == 0;
 }

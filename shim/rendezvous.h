@@ -6,6 +6,7 @@
 #include <sys/un.h>
 
 #include "config.h"
+#include "protocol.h"
 
 #define RENDEZVOUS_KEY_SIZE 17
 
@@ -22,6 +23,7 @@ int rendezvous_find(const struct config *config, struct rendezvous *rendezvous);
 int rendezvous_set_key(struct rendezvous *rendezvous, const char *key);
 
 /* Whether any keeper may know of a lock on this file. */
-int rendezvous_has_proxy(const struct rendezvous *rendezvous, uint64_t device, uint64_t inode);
+int rendezvous_has_proxy(const struct rendezvous *rendezvous,
+                         const struct protocol_request *request);
 
 #endif

@@ -28,6 +28,8 @@ static int status_of(const struct native_packet *packet, ssize_t got) {
         return STATUS_CANCEL;
     if (packet->request.kind == KIND_TAKEN)
         return STATUS_TAKEN;
+    if (packet->request.kind == KIND_KNOCK)
+        return STATUS_KNOCK;
     if (packet->descriptor < 0)
         return STATUS_FULL;
     return packet->request.kind == KIND_LIST ? STATUS_LIST : STATUS_LOCK;
@@ -79,18 +81,40 @@ void native_accept(int listener, struct native_packet *packet) {
     packet->pid = peer.pid;
 }
 
-void native_send(int connection, int kind, int error, const char *text) {
-    struct protocol_answer answer;
+static struct protocol_answer answer_of(int kind, int error) {
+    return (struct protocol_answer){.magic = PROTOCOL_MAGIC,
+                                    .version = PROTOCOL_VERSION,
+                                    .kind = (uint16_t)kind,
+                                    .error = error};
+}
+
+/* Sends what stands before `place` in the answer, and the text there. */
+static void send_answer(int connection, struct protocol_answer *answer, char *place,
+                        const char *text) {
     size_t length = strlen(text);
 
-    answer.magic = PROTOCOL_MAGIC;
-    answer.version = PROTOCOL_VERSION;
-    answer.kind = (uint16_t)kind;
-    answer.error = error;
     if (length >= PROTOCOL_TEXT)
         length = PROTOCOL_TEXT - 1;
-    memcpy(answer.text, text, length);
-    send(connection, &answer, PROTOCOL_ANSWER_HEAD + length, MSG_NOSIGNAL | MSG_DONTWAIT);
+    memcpy(place, text, length);
+    send(connection, answer, (size_t)(place - (char *)answer) + length,
+         MSG_NOSIGNAL | MSG_DONTWAIT);
+}
+
+void native_send(int connection, int kind, int error, const char *text) {
+    struct protocol_answer answer = answer_of(kind, error);
+
+    send_answer(connection, &answer, answer.text, text);
+}
+
+void native_send_found(int connection, int exclusive, int pid, int64_t first, int64_t last,
+                       const char *holder) {
+    struct protocol_answer answer = answer_of(KIND_FOUND, 0);
+
+    answer.found.exclusive = exclusive;
+    answer.found.first = first;
+    answer.found.last = last;
+    answer.found.pid = pid;
+    send_answer(connection, &answer, answer.found.holder, holder);
 }
 
 void native_answer(int connection, int kind, int error, const char *text) {

@@ -129,33 +129,31 @@ static int is_lock_operation(int operation) {
     return plain == LOCK_SH || plain == LOCK_EX || plain == LOCK_UN;
 }
 
-static void look_into(struct lock_call *call, int number) {
+static void look_into(struct lock_call *call, const struct seccomp_data *data) {
+    const int is_record = is_record_call(data);
     int error;
 
-    target_open(&call->target, call->tid, number);
+    target_open(&call->target, call->tid, (int)data->args[0]);
     if (call->target.descriptor < 0) {
         fail_to_open(call);
         return;
     }
     /* From here on the file system may make us wait. */
     have_another_listen();
+    error = is_record ? read_record_call(call, data) : 0;
     /* Only now is it sure whose descriptor that is. */
-    if (call_is_gone(call)) {
+    if (call_is_gone(call) || (!error && is_taken_up_again(call))) {
         close(call->target.descriptor);
         return;
     }
-    if (is_taken_up_again(call)) {
-        close(call->target.descriptor);
-        return;
-    }
-    if (fstat(call->target.descriptor, &call->status) < 0 || is_keepers_own(call)) {
+    if (error || fstat(call->target.descriptor, &call->status) < 0 || is_keepers_own(call)) {
         close(call->target.descriptor);
         call_leave_to_kernel(call);
         return;
     }
-    error = lock_without_kernel(supervisor.config, call->target.descriptor, call->operation);
+    error = lock_without_kernel(supervisor.config, call->target.descriptor, &call->request);
     if (!error)
-        error = ask_kernel(call);
+        error = is_record ? ask_kernel_about_records(call) : ask_kernel(call);
     if (error && is_of_another_user(call))
         refuse_other_user(call, error);
     else if (error)
@@ -163,13 +161,15 @@ static void look_into(struct lock_call *call, int number) {
 }
 
 static void answer(struct lock_call *call, const struct seccomp_data *data) {
-    int number = (int)data->args[0];
+    const int operation = (int)data->args[1];
 
-    call->operation = (int)data->args[1];
-    if (number == PING_DESCRIPTOR && call->operation == PING_OPERATION)
+    call->request = (struct client_request){.family = FAMILY_FLOCK, .operation = operation};
+    if (is_record_call(data))
+        look_into(call, data);
+    else if ((int)data->args[0] == PING_DESCRIPTOR && operation == PING_OPERATION)
         call_reply(call, supervisor.mark);
-    else if (is_lock_operation(call->operation))
-        look_into(call, number);
+    else if (is_lock_operation(operation))
+        look_into(call, data);
     else
         call_leave_to_kernel(call);
 }

@@ -2,8 +2,10 @@
 #ifndef FLOCKSHIM_SUPERVISE_H
 #define FLOCKSHIM_SUPERVISE_H
 
+#include <fcntl.h>
 #include <sys/stat.h>
 
+#include "client.h"
 #include "config.h"
 #include "notify.h"
 #include "target.h"
@@ -19,16 +21,25 @@ struct supervisor {
 
 extern struct supervisor supervisor;
 
+/* Where a program has its struct flock. */
+struct record_place {
+    uint64_t address;
+    enum record_layout { LAYOUT_64, LAYOUT_PACKED, LAYOUT_32 } layout;
+    int command;
+    struct flock lock; /* what stood there */
+};
+
 struct lock_call {
     uint64_t id; /* of the notification; may become that of the same call made again */
     pid_t tid;
     struct target target;
     struct stat status; /* of the file */
-    int operation;
-    int may_wait;  /* or no thread is left for others */
-    int wake;      /* an eventfd(2) of this thread */
-    int dismissed; /* the program makes another call */
-    int leaving;   /* the program has been told, or is gone: nobody can take the call up again */
+    struct client_request request;
+    struct record_place place; /* of a record lock */
+    int may_wait;              /* or no thread is left for others */
+    int wake;                  /* an eventfd(2) of this thread */
+    int dismissed;             /* the program makes another call */
+    int leaving; /* the program has been told, or is gone: nobody can take the call up again */
     int delivered;
     struct lock_call *next;
 };
@@ -54,8 +65,18 @@ int kernel_locks(const struct stat *status);
 /* Answers the call where the kernel can, and closes the descriptor: 0. Else the errno that means
  * that the kernel cannot lock. */
 int ask_kernel(struct lock_call *call);
+/* The same for a record lock; the call itself is never made here, where the owner would be ours. */
+int ask_kernel_about_records(struct lock_call *call);
 /* For a thread that ends: it keeps a file of proc(5) open. */
 void forget_information(void);
+
+/* Whether that is a call of fcntl(2), which only a filter lets come here that has looked at its
+ * command. */
+int is_record_call(const struct seccomp_data *data);
+/* What the program asks for: 0, or else the kernel shall say why it cannot. */
+int read_record_call(struct lock_call *call, const struct seccomp_data *data);
+/* Tells the program of a lock in the way: 0 or -errno. */
+int write_record_answer(const struct lock_call *call, const struct client_wait *wait);
 
 void supervised_wait_init(void);
 /* Whether the keeper has been asked for this call already, before a signal, and is still. Then it

@@ -17,11 +17,11 @@
 #include "syscalls.h"
 
 /* Kinds of files of file systems that may have a server, and whether the kernel has been seen to
- * lock them. Added in front, never removed. */
+ * lock them, by flock(2) and by fcntl(2). Added in front, never removed. */
 struct kind {
     dev_t device;
     mode_t type;
-    int is_locked;
+    int is_locked, has_records;
     struct kind *next;
 };
 
@@ -51,7 +51,7 @@ static void add_kind(const struct stat *status) {
         return;
     kind->device = status->st_dev;
     kind->type = status->st_mode & S_IFMT;
-    kind->is_locked = 0;
+    kind->is_locked = kind->has_records = 0;
     kind->next = __atomic_load_n(&kinds, __ATOMIC_RELAXED);
     while (!__atomic_compare_exchange_n(&kinds, &kind->next, kind, 0, __ATOMIC_RELEASE,
                                         __ATOMIC_RELAXED))
@@ -164,9 +164,9 @@ static void close_and_leave_to_kernel(const struct lock_call *call) {
 static int make_call(const struct lock_call *call) {
     int descriptor = call->target.descriptor;
     int had = has_kernel_lock(descriptor);
-    int locks = !(call->operation & LOCK_UN);
-    int result =
-        had == 1 ? -EWOULDBLOCK : (int)sys2(SYS_flock, descriptor, call->operation | LOCK_NB);
+    int locks = !(call->request.operation & LOCK_UN);
+    int result = had == 1 ? -EWOULDBLOCK
+                          : (int)sys2(SYS_flock, descriptor, call->request.operation | LOCK_NB);
 
     if (config_triggers(supervisor.config, -result))
         return -result;
@@ -203,4 +203,29 @@ int ask_kernel(struct lock_call *call) {
         error = make_call(call);
     leave(call);
     return error;
+}
+
+/* Asking who is in the way fails as locking would, and changes nothing. */
+static int test_records(const struct lock_call *call) {
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+
+    return (int)-sys3(SYS_fcntl, call->target.descriptor, F_GETLK, &lock);
+}
+
+int ask_kernel_about_records(struct lock_call *call) {
+    struct kind *kind = find_kind(&call->status);
+    int error = 0;
+
+    if (!kind && !is_of_one_host(call->target.descriptor)) {
+        add_kind(&call->status);
+        kind = find_kind(&call->status);
+    }
+    if (kind && !__atomic_load_n(&kind->has_records, __ATOMIC_RELAXED))
+        error = test_records(call);
+    if (config_triggers(supervisor.config, error))
+        return error;
+    if (kind && !error)
+        __atomic_store_n(&kind->has_records, 1, __ATOMIC_RELAXED);
+    close_and_leave_to_kernel(call);
+    return 0;
 }

@@ -55,11 +55,15 @@ static void leave(const struct lock_call *call) {
     pthread_mutex_unlock(&waiting.mutex);
 }
 
-/* Whether both are of one description, as far as can be told: our duplicate may be closed. */
+/* Whether both are of one owner, as far as can be told: our duplicate may be closed. */
 static int may_share(const struct lock_call *other, const struct lock_call *call) {
-    return is_same_file(&other->status, &call->status) &&
-           (other->delivered ||
-            native_same_description(other->target.descriptor, call->target.descriptor) != 0);
+    if (!is_same_file(&other->status, &call->status) ||
+        other->request.family != call->request.family)
+        return 0;
+    if (call->request.family == FAMILY_PROCESS)
+        return other->target.pid == call->target.pid;
+    return other->delivered ||
+           native_same_description(other->target.descriptor, call->target.descriptor) != 0;
 }
 
 /* A thread makes one call at a time, so an older one of it is gone. Those of others matter where
@@ -77,8 +81,11 @@ static struct lock_call *find_gone(const struct lock_call *call) {
  * served.
  */
 static int is_made_again(const struct lock_call *other, const struct lock_call *call) {
-    return other->tid == call->tid && !other->leaving && other->operation == call->operation &&
-           !(call->operation & (LOCK_NB | LOCK_UN)) &&
+    const struct client_request *one = &other->request, *again = &call->request;
+
+    return other->tid == call->tid && !other->leaving && one->family == again->family &&
+           one->operation == again->operation && one->first == again->first &&
+           one->last == again->last && !(again->operation & (LOCK_NB | LOCK_UN | LOCK_TEST)) &&
            native_same_description(other->target.descriptor, call->target.descriptor) == 1;
 }
 
@@ -183,14 +190,18 @@ static int deliver(void *lock_call) {
 static int ask_keeper(const struct lock_call *call, struct client_wait *wait, int may_wait,
                       int kernel_error) {
     const struct config *config = supervisor.config;
-    int operation = call->operation | (may_wait ? 0 : LOCK_NB);
-    int result = lock_by_mode(config, wait, call->target.descriptor, operation, kernel_error);
+    struct client_request request = call->request;
+    int result;
+
+    if (!may_wait)
+        request.operation |= LOCK_NB;
+    result = lock_by_mode(config, wait, call->target.descriptor, &request, kernel_error);
 
     if (wait->timed_out) {
         report_timeout(config, call->target.descriptor, wait->refusal);
     } else if (*wait->refusal) {
         report(config, call->target.descriptor, wait->refusal);
-    } else if (result == -EWOULDBLOCK && !(call->operation & LOCK_NB)) {
+    } else if (result == -EWOULDBLOCK && !(call->request.operation & LOCK_NB)) {
         report(config, call->target.descriptor,
                "nothing is left to wait with; raise the limits (ulimit -u, ulimit -n)");
         return -kernel_error;
@@ -217,6 +228,8 @@ void emulate_call(struct lock_call *call, int kernel_error) {
         return;
     }
     result = ask_keeper(call, &wait, may_wait, kernel_error);
+    if (result == 0 && call->request.operation & LOCK_TEST && !call_is_gone(call))
+        result = write_record_answer(call, &wait);
     leave(call);
     if (!call->delivered) {
         close(call->target.descriptor);

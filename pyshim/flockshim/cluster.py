@@ -163,6 +163,32 @@ class Lease:
                 return True
             yield from self._change(state.renewed(own.ticket, self._ticket()))
 
+    def convert(self, exclusive: bool) -> Protocol[bool]:
+        """Change the mode in which we hold, without letting go. Returns False, without having waited, if others hold.
+
+        Also if we do not hold any more, as `still_mine` and `confirm` then tell.
+        """
+        while True:
+            state = yield from self._known()
+            own = self._own(state.holders)
+            if own is None:
+                return False
+            if self._must_confirm(own):
+                if not (yield from self.confirm()):
+                    return False
+                continue
+            if own.exclusive == exclusive:
+                return True
+            others = [entry for entry in state.holders if entry.ticket not in self._made] if exclusive else []
+            dead = self._judge.known_dead(others) | (self._stale(state) if exclusive else set())
+            dead |= yield from self._judge.dead([entry for entry in others if entry.ticket not in dead])
+            left = tuple(entry for entry in state.holders if entry.ticket not in dead)
+            wanted = state._replace(holders=left).converted(own.ticket, exclusive)
+            if wanted is not None:
+                yield from self._change(wanted)
+            elif (yield from self._is_current()):
+                return False
+
     def adopt(self, keepers: Collection[str]) -> Protocol[bool]:
         """Take over what keepers of these names have, which this one succeeds. Returns whether we hold now."""
         state = yield from self.refresh()

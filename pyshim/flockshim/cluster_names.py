@@ -5,6 +5,8 @@
     .NAME.flockshim.LINEAGE.VERSION+WRITER           data: the text of state `dWRITER` of that version
     .flockshim.KEEPER                                vouching file: that keeper is alive
 
+Record locks on NAME have files of their own: their target is called NAME~records.
+
 STATE is `free`, `xTICKET` (one exclusive holder), `sTICKET` (one reader), both granted at this very version, or
 `dWRITER`. A TICKET is `KEEPER-SERIAL`; a WRITER is formed alike. No ticket and no writer is ever used twice.
 """
@@ -23,6 +25,8 @@ MAX_VERSION_DIGITS = 15
 NAME_MAX = 255
 
 FREE = "free"
+RECORDS = "~records"
+"""What follows a file's name in that of the target of its record locks."""
 _TICKET = rf"[0-9a-f]{{1,{MAX_KEEPER}}}-[0-9]+"
 _STATE = re.compile(rf"([0-9a-f]+)\.([0-9]+)\.({FREE}|[xsd]{_TICKET})")
 _DATA = re.compile(rf"([0-9a-f]+)\.([0-9]+)\+({_TICKET})")

@@ -44,12 +44,20 @@ class State(NamedTuple):
 
     def without(self, tickets: Set[str]) -> State:
         """Return the next state, without these entries; if that frees the lock, those whose turn it is hold it."""
-        version = self.version + 1
         holders = [entry for entry in self.holders if entry.ticket not in tickets]
         queue = [entry for entry in self.queue if entry.ticket not in tickets]
-        while queue and (not holders or not (queue[0].exclusive or holders[0].exclusive)):
-            holders.append(queue.pop(0)._replace(granted=version))
-        return State(version, tuple(holders), tuple(queue))
+        return _served(self.version + 1, holders, queue)
+
+    def converted(self, ticket: str, exclusive: bool) -> State | None:
+        """Return the next state, in which the holder `ticket` holds in this mode; None while others hold, too."""
+        if exclusive and len(self.holders) > 1:
+            return None
+        version = self.version + 1
+        holders = [
+            entry._replace(exclusive=exclusive, granted=version) if entry.ticket == ticket else entry
+            for entry in self.holders
+        ]
+        return _served(version, holders, list(self.queue))
 
     def alone(self) -> State | None:
         """Return this state with the first holder and nobody else, if nobody held before; that takes no data file."""
@@ -77,6 +85,13 @@ class State(NamedTuple):
     def text(self) -> str:
         """Return the text of the data file."""
         return json.dumps({"holders": self.holders, "queue": self.queue}) + "\n"
+
+
+def _served(version: int, holders: list[Entry], queue: list[Entry]) -> State:
+    """Return the state in which those of the queue hold whose turn it is."""
+    while queue and (not holders or not (queue[0].exclusive or holders[0].exclusive)):
+        holders.append(queue.pop(0)._replace(granted=version))
+    return State(version, tuple(holders), tuple(queue))
 
 
 def of_token(version: int, token: str) -> State:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 class Description:
     """An open file description, by the keeper's duplicate, and where it was last seen open."""
 
+    is_process = False
+    """Whether its locks are a process's own: those of descriptions live as long as these."""
+
     __slots__ = ("answers", "descriptor", "key", "number", "only_warn", "pid", "since", "taker", "waits")
 
     def __init__(self, descriptor: int, key: Key, pid: int, number: int) -> None:

@@ -34,6 +34,10 @@ class File:
         # A program has asked for it in cluster mode: nobody holds it without a lease any more.
         self.leased = False
 
+    def any(self) -> Description | None:
+        """Return one of the descriptions."""
+        return self.descriptions.any()
+
 
 class Files(dict["Key", File]):
     """By (device, inode)."""

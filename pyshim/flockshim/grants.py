@@ -9,20 +9,25 @@ from flockshim.undecided import GRANT_SECONDS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from flockshim.descriptions import Description
     from flockshim.lockservice import LockService
     from flockshim.programs import Connection
+    from flockshim.recordfile import Owner
+    from flockshim.records import RecordService
+    from flockshim.recordtable import Range
 
 
 class Grants:
-    """Those of a lock service."""
+    """Those of a service."""
 
-    def __init__(self, service: LockService) -> None:
+    def __init__(self, service: LockService | RecordService) -> None:
         """Serve its files."""
-        self._service = service
+        self._service: Any = service
         self._since: dict[Connection, float] = {}
 
-    def add(self, connection: Connection, description: Description, changed: bool) -> None:
+    def add(self, connection: Connection, description: Description | Owner, changed: bool) -> None:
         """A request has been granted; `changed`: the description did not hold just that already."""
         connection.granted = description
         connection.changed = changed
@@ -40,6 +45,12 @@ class Grants:
             connection.granted.answers += 1
         self._end(connection)
 
+    def heed(self, owner: Owner, wanted: Range) -> None:
+        """Another call has changed what an owner of record locks holds there: a grant before is not to be undone."""
+        for connection in self._since:
+            if connection.granted is owner and connection.undo[0].overlaps(wanted):
+                connection.changed = False
+
     def confirm(self, description: Description) -> None:
         """Who asks again for what it was granted has lost its connection, not its interest."""
         for connection in self._of(description):
@@ -50,15 +61,11 @@ class Grants:
 
         Nobody else may lose by that who locks the same description: another thread, or the same program once more.
         """
-        description = connection.granted
-        file = self._service.files.get(description.key) if description else None
-        if file and description:
-            others = [other for other in self._of(description) if other is not connection]
-            nobody_had_it = connection.changed and connection.answers == description.answers
-            if nobody_had_it and others:
-                others[0].changed, others[0].answers = True, connection.answers
-            elif nobody_had_it and file.lock.release(description):
-                self._service.forget_if_unused(file, description)
+        owner = connection.granted
+        file: Any = self._service.files.get(owner.key) if owner else None
+        if file:
+            others = [other for other in self._of(owner) if other is not connection]
+            self._service.undo(file, connection, others)
         self._end(connection)
         if file:
             self._service.settle(file)
@@ -85,6 +92,6 @@ class Grants:
         description = connection.granted
         connection.granted = None
         del self._since[connection]
-        file = self._service.files.get(description.key) if description else None
+        file: Any = self._service.files.get(description.key) if description else None
         if file and file.undecided:
             self._service.undecided.retry(file)

@@ -14,11 +14,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from flockshim.descriptions import Description
+    from flockshim.recordfile import Owner
 
 
-def find(descriptions: Iterable[Description]) -> list[int]:
-    """Return the processes, but for the keeper's own, that have one of these descriptions open."""
-    kept = [description.descriptor for description in descriptions]
+def find(owners: Iterable[Description | Owner]) -> list[int]:
+    """Return the processes, but for the keeper's own, that have these locks: by a description that they have open."""
+    owners = list(owners)
+    processes = [owner.pid for owner in owners if owner.is_process]
+    return processes + _that_have_open([owner.descriptor for owner in owners if not owner.is_process])
+
+
+def _that_have_open(kept: list[int]) -> list[int]:
+    if not kept:
+        return []
     ours = {lib.native_self(), os.getppid()}
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     found = [pid for pid in pids if pid not in ours and any(lib.native_is_open_in(one, pid) for one in kept)]
@@ -34,7 +42,7 @@ def _is_supervisor(pid: int) -> bool:
     return "anon_inode:seccomp notify" in links
 
 
-def stop(descriptions: Iterable[Description], begin: Callable[[set[int]], None] = lambda _: None) -> set[int]:
+def stop(descriptions: Iterable[Description | Owner], begin: Callable[[set[int]], None] = lambda _: None) -> set[int]:
     """Stop the processes that have one of these descriptions open, and return them; `begin` is told them before."""
     kept = list(descriptions)
     stopped: set[int] = set()

@@ -29,7 +29,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-Key = tuple[int, int]
+Key = tuple[int, ...]
+"""A file's st_dev and st_ino; and a third member, RECORDS, where its record locks are meant."""
 
 IN_ATTRIB, IN_CLOSE_WRITE, IN_OPEN, IN_Q_OVERFLOW = 0x4, 0x8, 0x20, 0x4000
 _EVENT = struct.Struct("=iIII")

@@ -20,13 +20,16 @@ if __name__ == "__main__":
 
 import signal
 
-from flockshim import closing, limits, standby
+from flockshim import closing, limits, listing, standby
 from flockshim.aliveness import keeper_of_path
+from flockshim.descriptions import Description
 from flockshim.host import Key, key_of_path
 from flockshim.journal import Journal
 from flockshim.lockservice import LockService
 from flockshim.loop import Loop
-from flockshim.programs import Programs
+from flockshim.programs import Connection, Programs
+from flockshim.recordfile import Owner
+from flockshim.records import RecordService
 from flockshim.rendezvous import LISTENER, Rendezvous
 
 TYPE_CHECKING = False
@@ -43,7 +46,7 @@ class Keeper:
 
     def __init__(self, directory: str, key: str, journal: Journal, idle_seconds: float) -> None:
         """Take over what the journal names; it is empty in the beginning."""
-        held, proxies, predecessors = _take_inventory(directory, journal)
+        held, record_proxies, proxies, predecessors = _take_inventory(directory, journal)
         # Above this, descriptors are for unlocking, and for looking who is alive.
         most = journal.capacity - min(RESERVE, journal.capacity // 4)
         self.idle_seconds = idle_seconds
@@ -51,41 +54,62 @@ class Keeper:
         self.loop = Loop()
         self.rendezvous = Rendezvous(directory, key)
         self.service = LockService(self.loop, self.rendezvous, journal, most)
+        self.records = RecordService(self.loop, self.rendezvous, journal, self.service)
         self.programs = Programs(
             LISTENER,
             self.loop,
-            self.service.request,
-            self.service.withdraw,
-            self.service.grants.taken,
-            self.service.write_list,
+            self.service,
+            self.records,
+            self.records.knocked,
+            self._write_list,
             most,
         )
-        self.service.programs = self.programs
+        self.service.programs = self.records.programs = self.programs
+        self.service.leasing.services.append(self.records)
+        self.records.adopt(record_proxies, predecessors)
         self.service.adopt(held, proxies, predecessors)
         if self.rendezvous.inotify >= 0:
             self.loop.watch(self.rendezvous.inotify, self._restore_if_swept)
 
     def run(self, parent: int) -> None:
         """Serve until process `parent`, the standby, has died. Ends the process when idle for long enough."""
-        self.loop.run(parent, self._after, self._tick, self.service.alarm)
+        self.loop.run(parent, self._after, self._tick, self._alarm)
         # Before the process is copied: a copy that is collected as garbage would close what has the number by then.
         if self.service.files.leases:
             self.service.files.leases.runner.end()
         closing.await_others(OTHERS_SECONDS)
 
     def _after(self) -> None:
-        if self.service.processes.ended:
-            self.service.processes_ended()
+        if not self.service.processes.ended:
+            return
+        ended = list(self.service.processes.ended)
+        self.service.processes.ended.clear()
+        self.programs.processes_ended([one for one in ended if isinstance(one, Connection)])
+        self.service.processes_ended([one for one in ended if isinstance(one, Description)])
+        self.records.processes_ended([one for one in ended if isinstance(one, Owner)])
+
+    def _alarm(self, now: float) -> None:
+        self.service.alarm(now)
+        self.records.patience.look(now)
+
+    def _write_list(self, descriptor: int) -> None:
+        """Write who holds and who waits into a file; see `listing`."""
+        self.service.check_all()
+        self.records.check_all()
+        listing.write([*self.service.files.values(), *self.records.files.values()], descriptor)
 
     def _tick(self, now: float) -> None:
         self._restore_if_swept()
         self.service.tick(now)
+        self.records.tick(now)
         leases = self.service.files.leases
-        if self.service.files or (leases and not leases.is_idle()) or len(self.programs) or self.programs.active:
+        is_used = self.service.files or self.records.files
+        if is_used or (leases and not leases.is_idle()) or len(self.programs) or self.programs.active:
             self.idle_since = now
             self.programs.active = False
         elif now - self.idle_since >= self.idle_seconds:
             self.service.close()
+            self.records.close()
             if self.rendezvous.leave():
                 os._exit(0)
 
@@ -95,19 +119,22 @@ class Keeper:
             return
         try:
             for _ in self.rendezvous.restore():
-                for key in self.service.restore_proxies():
+                for key in [*self.service.restore_proxies(), *self.records.restore_proxies()]:
                     print(f"the lock on device {key[0]} inode {key[1]} was taken while the directory was away")
             self.programs.listen_again()
         except OSError as error:
             print(f"the rendezvous directory cannot be restored: {error}", flush=True)
 
 
-def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[Key, int], dict[str, int]]:
+def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], list[int], dict[Key, int], dict[str, int]]:
     """Close every descriptor that is neither a held lock nor a proxy; waiting programs then ask again."""
-    held, proxies, predecessors, others = [], {}, {}, []
+    held, record_proxies, proxies, predecessors, others = [], [], {}, {}, []
+    opened = list(_open_descriptors(journal.capacity))
+    # Of owners of record locks, by which they have locked.
+    kept = {entry[1] for entry in map(journal.read_records, opened) if entry}
     # As the kernel shows it in the links of /proc/self/fd.
     directory = os.path.realpath(directory)
-    for descriptor in _open_descriptors(journal.capacity):
+    for descriptor in opened:
         if descriptor <= LISTENER or closing.is_left_to_another(descriptor):
             continue
         try:
@@ -118,6 +145,10 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[K
         keeper = keeper_of_path(path, directory)
         if journal.read(descriptor):
             held.append(descriptor)
+        elif journal.read_records(descriptor):
+            record_proxies.append(descriptor)
+        elif descriptor in kept:
+            continue
         elif key:
             proxies[key] = descriptor
         elif keeper:
@@ -128,7 +159,7 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], dict[K
         closing.in_background()
     for descriptor in others:
         closing.close(descriptor)
-    return held, proxies, predecessors
+    return held, record_proxies, proxies, predecessors
 
 
 def _open_descriptors(capacity: int) -> Iterable[int]:

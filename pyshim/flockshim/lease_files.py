@@ -6,6 +6,7 @@ import os
 import time
 
 from flockshim import cluster_notes
+from flockshim.cluster_names import RECORDS
 from flockshim.cluster_vouch import Judge, Voucher
 from flockshim.lease_worker import former_name
 
@@ -44,7 +45,7 @@ class Directory:
         self.sweep_at: float | None = 0.0
 
     def _note(self) -> str:
-        programs = {lease.name: self._told.programs(lease.key) for lease in self.leases}
+        programs = {lease.target: self._told.programs(lease.key) for lease in self.leases}
         used = {name: some for name, some in programs.items() if some}
         return cluster_notes.text(os.urandom(8).hex(), os.uname().nodename, used)
 
@@ -69,7 +70,9 @@ class FileLease:
         "path",
         "run",
         "since",
+        "suffix",
         "tries",
+        "unconverted",
         "version",
         "wanted",
     )
@@ -80,16 +83,19 @@ class FileLease:
         self.path = path
         # The one in the directory that the record goes by.
         self.name = former_name(os.path.basename(path))
+        self.suffix = RECORDS if len(key) > 2 else ""
         # Whether there is to be a record: what has no name any more no other host can open. None: not known yet.
         self.named: bool | None = None
         self.directory = directory
-        self.lease = protocol(directory, self.name)
+        self.lease = protocol(directory, self.target)
         # What is held, and what is wanted: exclusive or not; None: nothing.
         self.mode: bool | None = None
         self.wanted: bool | None = None
         self.busy = False
         # It is being given back, or perhaps.
         self.giving = False
+        # Others hold as well, so that it could not be made exclusive when that was asked for last.
+        self.unconverted = False
         # How often its directory was not the one that we had thought, since somebody asked.
         self.tries = 0
         # The asking that is under way.
@@ -104,6 +110,11 @@ class FileLease:
         self.hand_overs = 0
         self.closing = False
         self.since = clock()
+
+    @property
+    def target(self) -> str:
+        """What the record goes by: record locks have one of their own."""
+        return self.name + self.suffix
 
 
 class Told:

@@ -32,12 +32,14 @@ class Enter(NamedTuple):
     """See whether `name` is the file of this descriptor, in the directory that is at the place's path now.
 
     The result is the name whose record counts, and the directory's st_dev and st_ino. For a file that was removed that
-    is its former name, as long as there is a record: others may have it open too. Without one it is None. Raises
-    OSError: ESTALE where the file is not found so; EXDEV where the directory is on another device, since beside the
-    root of a mount nobody looks who has mounted it elsewhere; EOPNOTSUPP where no rename is atomic.
+    is its former name, as long as there is a record (of that name and `suffix`): others may have it open too. Without
+    one it is None. Raises OSError: ESTALE where the file is not found so; EXDEV where the directory is on another
+    device, since beside the root of a mount nobody looks who has mounted it elsewhere; EOPNOTSUPP where no rename is
+    atomic.
     """
 
     name: str
+    suffix: str
     descriptor: int
 
 
@@ -179,12 +181,13 @@ class _Threads:
                 return None
             raise
         try:
-            return _entered(directory, place.path, target.name, status)
+            return _entered(directory, place.path, target, status)
         finally:
             self._directories.leave(place, directory)
 
 
-def _entered(directory: int, path: str, name: str, status: os.stat_result) -> tuple[str, list[int]] | None:
+def _entered(directory: int, path: str, target: Enter, status: os.stat_result) -> tuple[str, list[int]] | None:
+    name = target.name
     identity = _identity(os.fstat(directory))
     if identity[0] != status.st_dev:
         raise OSError(errno.EXDEV, "it is the root of a mount", name)
@@ -194,7 +197,7 @@ def _entered(directory: int, path: str, name: str, status: os.stat_result) -> tu
         if status.st_nlink:
             raise OSError(errno.ESTALE, "the file is not to be found under its name", f"{path}/{name}")
         name = former_name(name)
-        if not there or not _identity_at(Names(name).claim, directory):
+        if not there or not _identity_at(Names(name + target.suffix).claim, directory):
             return None
     store = filesystems.object_store(filesystems.containing(path, status.st_dev, filesystems.mounted()))
     if store:

@@ -77,11 +77,11 @@ class Leases:
 
     def _renew(self, lease: FileLease) -> None:
         """Forget what was known of a record that is gone."""
-        lease.lease = self._protocol(lease.directory, lease.name)
+        lease.lease = self._protocol(lease.directory, lease.target)
         lease.named = None
 
-    def _protocol(self, directory: Directory, name: str) -> Lease:
-        return Lease(name, self._ticket, new_lineage, directory.judge, directory.voucher, self._is_used)
+    def _protocol(self, directory: Directory, target: str) -> Lease:
+        return Lease(target, self._ticket, new_lineage, directory.judge, directory.voucher, self._is_used)
 
     def _new(self, key: Key, path: str) -> FileLease:
         directory = self._directories.at(os.path.dirname(path))
@@ -175,6 +175,74 @@ class Leases:
         self._advance(lease, blocking)
         return False
 
+    def permit_records(self, key: Key, exclusive: bool, blocking: bool, held: bool, holds: bool) -> bool:
+        """Return whether a record lock of this mode may be held now; if not, the lease is asked for, or for more of it.
+
+        `held`: there are record locks on the file already, which are not given up for that; `holds`: the asking owner
+        has one.
+        """
+        if key not in self._files:
+            self.need(key, self._told.place(key)[1])
+        lease = self._files[key]
+        if lease.busy:
+            return False
+        suffices = lease.mode is not None and (lease.mode or not exclusive)
+        if suffices and lease.named and not lease.lease.still_mine(clock()):
+            self._confirm(lease, lease.lease.confirm)
+        elif suffices and (holds or not lease.closing):
+            lease.hand_overs += 1
+            return True
+        elif held and lease.mode is not None:
+            if not suffices:
+                self._upgrade(lease, blocking)
+        else:
+            lease.wanted = exclusive
+            self._advance(lease, blocking)
+        return False
+
+    def _upgrade(self, lease: FileLease, blocking: bool) -> None:
+        # Whoever waits looks once a second; whoever does not may have been told already, and asks no more.
+        if not lease.unconverted or (blocking and clock() - lease.asked >= LONGEST_POLL):
+            self._convert(lease, True)
+
+    def _convert(self, lease: FileLease, exclusive: bool) -> None:
+        lease.busy = True
+        lease.unconverted = False
+        lease.asked = clock()
+
+        def ended(done: bool | None, error: Exception | None) -> None:
+            lease.busy = False
+            lease.since = clock()
+            if done:
+                lease.mode = exclusive
+            else:
+                lease.unconverted = exclusive and error is None
+            if isinstance(error, OSError) and not isinstance(error, WorkerLostError):
+                self._told.failed(lease.key, error)
+            else:
+                self._told.changed(lease.key)
+
+        self.runner.run(lease.directory, lease.lease.convert(exclusive), ended)
+
+    def forbids_record(self, key: Key, exclusive: bool) -> bool:
+        """Return whether others hold, so that record locks of this mode cannot be had."""
+        lease = self._files.get(key)
+        return lease is not None and (
+            (lease.unconverted and exclusive) or (lease.contended and lease.mode is None and not lease.busy)
+        )
+
+    def ask_again(self, key: Key) -> None:
+        """Somebody else asks, who has not been told that others hold."""
+        lease = self._files.get(key)
+        if lease:
+            lease.unconverted = False
+
+    def relax(self, key: Key) -> None:
+        """All that is left are shared record locks."""
+        lease = self._files.get(key)
+        if lease and lease.mode and not lease.busy:
+            self._convert(lease, False)
+
     def is_pending(self, key: Key) -> bool:
         """Return whether `changed` or `failed` will be called."""
         lease = self._files.get(key)
@@ -188,7 +256,7 @@ class Leases:
     def is_refused(self, key: Key) -> bool:
         """Return whether others hold what was asked for last."""
         lease = self._files.get(key)
-        return lease is not None and lease.contended and lease.mode is None
+        return lease is not None and (lease.unconverted or (lease.contended and lease.mode is None))
 
     def holder(self, key: Key) -> str | None:
         """Return who on another host has the lock, for people; None if nobody there has it."""
@@ -210,7 +278,7 @@ class Leases:
         def ended(holder: str | None, _: Exception | None) -> None:
             lease.holder = holder
 
-        asking = cluster_notes.holder(state, lease.name)
+        asking = cluster_notes.holder(state, lease.target)
         self.runner.run(lease.directory, asking, ended)
 
     def abandon(self, key: Key) -> None:
@@ -254,14 +322,14 @@ class Leases:
     def _enter(self, lease: FileLease) -> Steps[None]:
         """Find out by which name the file's record goes, or that there is none. Raises OSError."""
         descriptor, _ = self._told.place(lease.key)
-        found = yield Enter(os.path.basename(lease.path), descriptor)
+        found = yield Enter(os.path.basename(lease.path), lease.suffix, descriptor)
         lease.named = found is not None
         if found:
             name, identity = found
             lease.directory.place = lease.directory.place._replace(identity=identity)
             if name != lease.name:
                 lease.name = name
-                lease.lease = self._protocol(lease.directory, name)
+                lease.lease = self._protocol(lease.directory, lease.target)
 
     def _move(self, lease: FileLease) -> FileLease:
         """Look anew where the file is: its directory was moved, removed, or made again. Raises OSError."""
@@ -325,6 +393,7 @@ class Leases:
     def _release(self, lease: FileLease, cause: OSError | None = None) -> None:
         lease.busy = lease.giving = True
         lease.mode = None
+        lease.unconverted = False
 
         def ended(_: None, error: Exception | None) -> None:
             if error and is_over(error):

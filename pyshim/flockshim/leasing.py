@@ -17,17 +17,21 @@ from flockshim.leases import Leases
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from flockshim.descriptions import Description
     from flockshim.files import File
     from flockshim.host import Key
     from flockshim.lockservice import LockService
     from flockshim.loop import Loop
     from flockshim.programs import Connection
+    from flockshim.recordfile import Owner, RecordFile
+    from flockshim.records import RecordService
 
 LEASE_SECONDS = float(os.environ.get("FLOCKSHIM_LEASE") or DEFAULT_LEASE)
 
 
-def _path(description: Description) -> str:
+def _path(description: Description | Owner) -> str:
     return os.readlink(f"/proc/self/fd/{description.descriptor}")
 
 
@@ -44,27 +48,38 @@ class Leasing(Told):
         self._service = service
         self._loop = loop
         self._directory = directory
+        # Those whose files these are, by different keys: of flock(2), and of record locks.
+        self.services: list[LockService | RecordService] = [service]
         # Who was stopped, by file.
         self._stopped: dict[Key, set[int]] = {}
 
-    def need(self, connection: Connection, file: File, description: Description) -> bool:
+    def _find(self, key: Key) -> tuple[Any, Any]:
+        """Return the file of a key, or None, and who serves it."""
+        for service in self.services:
+            file = service.files.get(key)
+            if file is not None:
+                return file, service
+        return None, self._service
+
+    def need(self, connection: Connection, file: File | RecordFile, owner: Description | Owner) -> bool:
         """Have the file's lock recorded for other hosts. Where that cannot be, refuse the program and return False."""
+        description, service = owner, self._find(file.key)[1]
         description.only_warn = bool(connection.flags & lib.FLAG_ONLY_WARN)
         try:
             self._leases({}).need(file.key, _path(description))
             file.leased = True
             return True
         except OSError as error:
-            self._service.forget_if_unused(file, description)
-            self._service.settle(file)
+            service.forget_if_unused(file, description)
+            service.settle(file)
             connection.refuse(cannot_lease(error))
             return False
 
-    def adopt(self, file: File, predecessors: dict[str, int]) -> None:
+    def adopt(self, file: File | RecordFile, predecessors: dict[str, int]) -> None:
         """Take over the lease of a file that is locked; `predecessors` as of `Leases`."""
-        description, exclusive = next(iter(file.lock.holders.items()))
+        owners: dict[Any, bool] = file.lock.holders
         file.leased = True
-        self._leases(predecessors).adopt(file.key, _path(description), exclusive)
+        self._leases(predecessors).adopt(file.key, _path(next(iter(owners))), any(owners.values()))
 
     def _leases(self, predecessors: dict[str, int]) -> Leases:
         if self._service.files.leases is None:
@@ -75,7 +90,7 @@ class Leasing(Told):
 
     def programs(self, key: Key) -> list[Program]:
         """Return the programs that hold the lock or wait for it."""
-        file = self._service.files.get(key)
+        file, _ = self._find(key)
         if file is None:
             return []
         began = time.time() - time.monotonic()
@@ -85,28 +100,27 @@ class Leasing(Told):
 
     def place(self, key: Key) -> tuple[int, str]:
         """Return a descriptor of the file, and its path. Raises OSError where nobody needs it any more."""
-        file = self._service.files.get(key)
-        description = file.descriptions.any() if file else None
+        file, _ = self._find(key)
+        description = file.any() if file else None
         if description is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF), f"device {key[0]} inode {key[1]}")
         return description.descriptor, _path(description)
 
     def is_held(self, key: Key) -> bool:
         """Return whether any program holds the lock."""
-        file = self._service.files.get(key)
+        file, _ = self._find(key)
         return file is not None and bool(file.lock.holders)
 
     def changed(self, key: Key) -> None:
         """Serve those who could not be served without the lease."""
-        service = self._service
-        file = service.files.get(key)
-        leases = service.files.leases
+        file, service = self._find(key)
+        leases = self._service.files.leases
         assert leases
         if file is None:
             leases.give_back(key)
             return
         if leases.is_refused(key):
-            service.undecided.decide(file, float("inf"))
+            service.undecided.refused_by_hosts(file)
         else:
             service.undecided.retry(file)
         service.settle(file)
@@ -114,11 +128,10 @@ class Leasing(Told):
 
     def failed(self, key: Key, error: OSError) -> None:
         """Refuse all who want it."""
-        service = self._service
-        file = service.files.get(key)
+        file, service = self._find(key)
         if file is None:
-            assert service.files.leases
-            service.files.leases.give_back(key)
+            assert self._service.files.leases
+            self._service.files.leases.give_back(key)
             return
         text = cannot_lease(error)
         service.undecided.refuse(file, text)
@@ -129,7 +142,7 @@ class Leasing(Told):
 
     def doubted(self, key: Key) -> None:
         """Stop those who hold; again as long as the doubt lasts, since they may have been continued, or have forked."""
-        file = self._service.files.get(key)
+        file, _ = self._find(key)
         if file:
             stopped = self._stopped.setdefault(key, set())
 
@@ -146,7 +159,7 @@ class Leasing(Told):
 
     def lost(self, key: Key) -> None:
         """End those who hold, or warn them, as they have asked for."""
-        file = self._service.files.get(key)
+        file, service = self._find(key)
         stopped = self._stopped.pop(key, set())
         if file:
             for description in list(file.lock.holders):
@@ -158,7 +171,7 @@ class Leasing(Told):
                 else:
                     holding_programs.kill(pids, f"{line}: killed (--on-lost)")
                     stopped -= pids
-                self._drop(file, description)
+                service.release(file, description)
         holding_programs.send(stopped, signal.SIGCONT)
         self._entrust()
 
@@ -166,7 +179,3 @@ class Leasing(Told):
         leases = self._service.files.leases
         if leases:
             leases.runner.entrust(sorted(set().union(*self._stopped.values())))
-
-    def _drop(self, file: File, description: Description) -> None:
-        file.lock.release(description)
-        self._service.forget_if_unused(file, description)

@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
     from flockshim.descriptions import Description
     from flockshim.files import File
+    from flockshim.recordfile import Owner, RecordFile
 
 
-def write(files: Iterable[File], descriptor: int) -> None:
+def write(files: Iterable[File | RecordFile], descriptor: int) -> None:
     """Write the list as JSON into a file.
 
     An object: ``keeper``, the keeper's pid; ``pid_namespace``, by which all pids are to be read; ``files``, each with
@@ -42,25 +43,26 @@ def write(files: Iterable[File], descriptor: int) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _file(file: File, now: float, monotonic: float) -> dict[str, Any]:
+def _file(file: File | RecordFile, now: float, monotonic: float) -> dict[str, Any]:
     queue = file.lock.queue
     return {
         "device": file.key[0],
         "inode": file.key[1],
         "path": _path([*file.lock.holders, *(waiter.owner for waiter in queue)]),
+        "family": "record" if len(file.key) > 2 else "flock",
         "holders": [_holder(description, mode) for description, mode in file.lock.holders.items()],
         "waiters": [_program(w.context.pid, w.exclusive, now - (monotonic - w.since)) for w in queue],
     }
 
 
-def _path(descriptions: list[Description]) -> str:
+def _path(descriptions: list[Description | Owner]) -> str:
     with contextlib.suppress(OSError):  # ENAMETOOLONG
         for description in descriptions:
             return os.readlink(f"/proc/self/fd/{description.descriptor}")
     return ""
 
 
-def _holder(description: Description, exclusive: bool) -> dict[str, Any]:
+def _holder(description: Description | Owner, exclusive: bool) -> dict[str, Any]:
     program = _program(description.pid, exclusive, description.since)
     # The process that called flock(2) may have ended, as in a shell's (flock 9; ...) 9>file.
     return {**program, "taken_by": description.taker, "taker_ended": not holders.is_alive(description.taker)}

@@ -90,7 +90,7 @@ class Locker:
             wait.timeout = int(min(max(0.0, deadline - time.monotonic()), float(launch.MAX_TIMEOUT)) * 1000)
         wait.poll = 1
         wait.cancel = cancel
-        result = lib.lock_by_mode(self.config, wait, descriptor, operation, error)
+        result = lib.flock_by_mode(self.config, wait, descriptor, operation, error)
         if wait.refusal[0] != b"\0":
             text = os.fsdecode(ffi.string(wait.refusal))
             raise TimedOutError(text) if wait.timed_out else FlockshimError(text)

@@ -8,7 +8,7 @@ import fcntl
 import os
 import time
 
-from flockshim import closing, holders, listing
+from flockshim import closing, holders
 from flockshim._native import lib
 from flockshim.descriptions import Description, Processes, closed
 from flockshim.files import File, Files
@@ -18,16 +18,13 @@ from flockshim.leasing import Leasing
 from flockshim.locktable import GRANTED, REFUSED
 from flockshim.loop import TICK_SECONDS
 from flockshim.patience import Patience
-from flockshim.programs import Connection
-from flockshim.undecided import UNDECIDED_SECONDS, Undecided
+from flockshim.undecided import UNDECIDED_SECONDS, Undecided, cannot_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from flockshim.journal import Journal
     from flockshim.loop import Loop
-    from flockshim.programs import Programs
+    from flockshim.programs import Connection, Programs
     from flockshim.rendezvous import Rendezvous
 
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
@@ -121,7 +118,7 @@ class LockService:
                 self._lock(connection, file, description, exclusive, not operation & LOCK_NB)
         except OSError as error:
             self.forget_if_unused(file, description)
-            connection.refuse(_cannot_lock(error))
+            connection.refuse(cannot_lock(error))
 
     def answer_unlocked(self, file: File) -> None:
         """Answer those who have unlocked, unless the lease is still to be given back."""
@@ -181,6 +178,20 @@ class LockService:
             self.grants.confirm(description)
             description.answers += 1
             connection.answer(0)
+
+    def undo(self, file: File, connection: Connection, others: list[Connection]) -> None:
+        """A grant has not reached its program: take the lock away, unless `others` of the description had it since."""
+        description = connection.granted
+        nobody_had_it = connection.changed and connection.answers == description.answers
+        if nobody_had_it and others:
+            others[0].changed, others[0].answers = True, connection.answers
+        elif nobody_had_it:
+            self.release(file, description)
+
+    def release(self, file: File, description: Description) -> None:
+        """Take a description's lock away, and forget it."""
+        if file.lock.release(description):
+            self.forget_if_unused(file, description)
 
     def is_refused(self, file: File, description: Description, exclusive: bool) -> bool:
         """Return whether a holder of ours is in the way, and surely holds."""
@@ -295,7 +306,7 @@ class LockService:
 
     def _fail_first(self, file: File, error: OSError) -> None:
         """The proxy cannot be had: whoever is first in line is told so."""
-        self.refuse_first(file, _cannot_lock(error))
+        self.refuse_first(file, cannot_lock(error))
 
     def refuse_first(self, file: File, text: str) -> None:
         """Refuse whoever is first in line."""
@@ -309,17 +320,9 @@ class LockService:
 
     # What happens without being asked for
 
-    def processes_ended(self) -> None:
-        """Release and withdraw what processes have left that have ended."""
-        ended: list[Any] = list(self.processes.ended)
-        self.processes.ended.clear()
-        for interest in ended:
-            if isinstance(interest, Connection) and self.programs.is_held(interest):
-                self.programs.forget(interest)
-                self.withdraw(interest)
-                lib.native_close(interest.descriptor)
-        orphans = [i for i in ended if isinstance(i, Description) and self.files.holds(i)]
-        for file in self._check_holders(orphans):
+    def processes_ended(self, descriptions: list[Description]) -> None:
+        """Release what processes have left that have ended."""
+        for file in self._check_holders([one for one in descriptions if self.files.holds(one)]):
             self.settle(file)
 
     def tick(self, now: float) -> None:
@@ -342,11 +345,10 @@ class LockService:
         if self.files.leases:
             self.files.leases.runner.look(now)
 
-    def write_list(self, descriptor: int) -> None:
-        """Write who holds and who waits into a file; see `listing`."""
+    def check_all(self) -> None:
+        """Release the locks of those who do not hold any more."""
         for file in self._check_holders(self.files.holders()):
             self.settle(file)
-        listing.write(list(self.files.values()), descriptor)
 
     def close(self) -> None:
         """Remove the proxies: the keeper leaves."""
@@ -377,9 +379,3 @@ class LockService:
             file = self.files.get(host.answered.pop())
             if file:
                 self.undecided.decide(file, float("inf"))
-
-
-def _cannot_lock(error: OSError) -> str:
-    if error.errno == errno.EMFILE:
-        return "the keeper has no descriptor left; raise its limit (ulimit -Hn)"
-    return f"no file can be made in the rendezvous directory: {error.strerror}: {error.filename}; set FLOCKSHIM_DIR"

@@ -9,14 +9,29 @@ import time
 
 from flockshim import closing
 from flockshim._native import ffi, lib
+from flockshim.recordtable import Range
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any, Protocol
 
-    from flockshim.descriptions import Description
-    from flockshim.locktable import Waiter
+    from flockshim.grants import Grants
     from flockshim.loop import Loop
+
+    class Service(Protocol):
+        """What serves the locks of a family."""
+
+        grants: Grants
+
+        def request(
+            self, connection: Connection, operation: int, descriptor: int, number: int, device: int, inode: int
+        ) -> None:
+            """`descriptor` is ours; `number` the program's."""
+
+        def withdraw(self, connection: Connection) -> None:
+            """Who waited has given up."""
+
 
 STATUS_LOCK, KIND_ANSWER = lib.STATUS_LOCK, lib.KIND_ANSWER
 
@@ -28,11 +43,17 @@ class Connection:
         "answers",
         "changed",
         "descriptor",
+        "ends",
+        "family",
+        "first",
         "flags",
         "granted",
         "is_supervised",
+        "last",
         "pid",
+        "service",
         "timeout",
+        "undo",
         "waiter",
     )
 
@@ -46,11 +67,19 @@ class Connection:
         # Milliseconds that it will wait; negative: for ever.
         self.timeout = -1
         # The description that got the lock after a wait, until the program has said that it is still there.
-        self.granted: Description | None = None
+        self.granted: Any = None
         # Whether that has changed what the description holds, and how many calls of it had been answered.
         self.changed = False
         self.answers = 0
-        self.waiter: Waiter | None = None
+        self.waiter: Any = None
+        # Of what family of locks the request is, who serves that, and the range of a record lock (see protocol.h).
+        self.family = lib.FAMILY_FLOCK
+        self.service: Service | None = None
+        self.first = self.last = 0
+        # Of a record lock that was granted: its range, and what the owner had there before.
+        self.undo: Any = None
+        # Another keeper that hears of a change: called when it hears no more.
+        self.ends: Callable[[], None] | None = None
 
     def answer(self, error: int) -> None:
         """Give the errno with which the program's call ends, or 0."""
@@ -72,6 +101,16 @@ class Connection:
         """Tell a program that it has waited for as long as it would."""
         lib.native_answer(self.descriptor, lib.KIND_TIMEOUT, 0, holder.encode(errors="replace"))
 
+    def tell_found(self, held: Range, pid: int, holder: str) -> None:
+        """Tell another keeper of a lock that is in the way."""
+        text = holder.encode(errors="replace")
+        lib.native_send_found(self.descriptor, held.exclusive, pid, held.first, held.last, text)
+
+    def answer_found(self, held: Range, pid: int, holder: str) -> None:
+        """Give the lock that is in the way of the one that was asked about."""
+        self.tell_found(held, pid, holder)
+        os.close(self.descriptor)
+
     def refuse(self, text: str) -> None:
         """Say why no protection can be given."""
         lib.native_answer(self.descriptor, lib.KIND_REFUSAL, 0, text.encode(errors="replace"))
@@ -88,24 +127,23 @@ class Programs:
         self,
         listener: int,
         loop: Loop,
-        request: Callable[[Connection, int, int, int, int, int], None],
-        withdraw: Callable[[Connection], None],
-        taken: Callable[[Connection], None],
+        flock: Service,
+        records: Service,
+        knocked: Callable[[Connection, int, int, Range], None],
         write_list: Callable[[int], None],
         most: int,
     ) -> None:
-        """`request` gets (connection, operation, descriptor, number, device, inode); `withdraw` who gave up.
+        """`flock` and `records` serve requests; `knocked` gets what other keepers ask: device, inode and range.
 
-        `taken` gets those that a grant has reached; `write_list` a descriptor to write the list of all locks to.
-
-        From descriptor `most` on only requests to unlock are taken.
+        `write_list` gets a descriptor to write the list of all locks to. From descriptor `most` on only requests to
+        unlock are taken.
         """
         self._most = most
         self._listener = listener
         self._loop = loop
-        self._request = request
-        self._withdraw = withdraw
-        self._taken = taken
+        self._flock = flock
+        self._records = records
+        self._knocked = knocked
         self._write_list = write_list
         self._packet = ffi.new("struct native_packet *")
         self._body = self._packet.request
@@ -131,10 +169,14 @@ class Programs:
         self._open.remove(connection.descriptor)
         self._loop.unwatch(connection.descriptor)
 
-    def is_held(self, connection: Connection) -> bool:
-        """Return whether the connection is still waiting for its answer."""
-        waits = connection.waiter is not None or connection.granted is not None
-        return connection.descriptor in self._open and waits
+    def processes_ended(self, connections: list[Connection]) -> None:
+        """Withdraw what processes have asked for that have ended."""
+        for connection in connections:
+            waits = connection.waiter is not None or connection.granted is not None
+            if waits and connection.service and connection.descriptor in self._open:
+                self.forget(connection)
+                connection.service.withdraw(connection)
+                lib.native_close(connection.descriptor)
 
     def is_taken(self, connection: Connection) -> bool:
         """Hear no more of a connection with a grant, and return whether the program has had it."""
@@ -159,6 +201,8 @@ class Programs:
             self._pass_on(connection)
         elif packet.status == lib.STATUS_LIST:
             self._list(connection)
+        elif packet.status == lib.STATUS_KNOCK:
+            self._knock(connection)
         elif packet.status == lib.STATUS_NOTHING and descriptor < self._most:
             self.hold(connection)
         else:
@@ -173,17 +217,22 @@ class Programs:
         if status == lib.STATUS_CANCEL and connection.granted and not connection.is_supervised:
             return
         self.forget(connection)
+        service = connection.service or self._flock
         if connection.granted and connection.is_supervised and status == lib.STATUS_ENDED:
             # The supervisor was killed, and may have told its program before.
-            self._taken(connection)
+            service.grants.taken(connection)
         elif connection.granted and status == lib.STATUS_TAKEN:
-            self._taken(connection)
+            service.grants.taken(connection)
         elif connection.waiter or connection.granted:
-            self._withdraw(connection)
+            service.withdraw(connection)
+        elif connection.ends:
+            connection.ends()
         if status == STATUS_LOCK:
             self._pass_on(connection)
         elif status == lib.STATUS_LIST:
             self._list(connection)
+        elif status == lib.STATUS_KNOCK:
+            self._knock(connection)
         elif status == lib.STATUS_CANCEL:
             connection.answer(errno.EINTR)
         else:
@@ -200,7 +249,10 @@ class Programs:
         if body.pid:
             connection.pid = body.pid
             connection.is_supervised = True
-        self._request(
+        connection.family = body.family
+        connection.first, connection.last = body.first, body.last
+        connection.service = self._flock if body.family == lib.FAMILY_FLOCK else self._records
+        connection.service.request(
             connection,
             body.operation,
             self._packet.descriptor,
@@ -208,6 +260,12 @@ class Programs:
             body.device,
             body.inode,
         )
+
+    def _knock(self, connection: Connection) -> None:
+        body = self._body
+        connection.flags = body.flags
+        wanted = Range(body.first, body.last, bool(body.operation & fcntl.LOCK_EX))
+        self._knocked(connection, body.device, body.inode, wanted)
 
     def _list(self, connection: Connection) -> None:
         try:

@@ -136,6 +136,20 @@ class Rendezvous:
         A process that is moved to another control group, or shares a description with one there, asks the wrong
         keeper.
         """
+        return next((key for pid, key in self._other_keepers() if lib.native_is_open_in(descriptor, pid)), None)
+
+    def keeper_of_records(self, proxy: str, pid: int) -> str | None:
+        """Return the key of the other keeper that has record locks of process `pid`, or None.
+
+        `proxy` is the path of the file's proxy: keepers show by the offset of its descriptions whose they are.
+        """
+        return next((key for keeper, key in self._other_keepers() if _has_proxy_of(keeper, proxy, pid)), None)
+
+    def other_sockets(self) -> list[str]:
+        """Return where the other keepers listen."""
+        return [self._socket_of(key) for key in self._other_keys()]
+
+    def _other_keepers(self) -> Iterator[tuple[int, str]]:
         keys = self._other_keys()
         for name in os.listdir("/proc") if keys else ():
             if not name.isdigit():
@@ -145,7 +159,20 @@ class Rendezvous:
                     arguments = os.fsdecode(file.read()).split("\0")
             except OSError:
                 continue
-            is_keeper = len(arguments) > 5 and arguments[3].endswith("/keeper.py") and arguments[5] in keys
-            if is_keeper and lib.native_is_open_in(descriptor, int(name)):
-                return arguments[5]
-        return None
+            if len(arguments) > 5 and arguments[3].endswith("/keeper.py") and arguments[5] in keys:
+                yield int(name), arguments[5]
+
+
+def _has_proxy_of(keeper: int, proxy: str, pid: int) -> bool:
+    try:
+        numbers = os.listdir(f"/proc/{keeper}/fd")
+    except OSError:
+        return False
+    for number in numbers:
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{keeper}/fd/{number}") == proxy:
+                with open(f"/proc/{keeper}/fdinfo/{number}") as file:
+                    information = file.read()
+                if f"pos:\t{pid}\n" in information and "\nlock:" in information:
+                    return True
+    return False

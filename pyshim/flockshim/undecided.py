@@ -57,6 +57,10 @@ class Undecided:
         if undecided:
             self._service.settle(file)
 
+    def refused_by_hosts(self, file: File) -> None:
+        """Refuse all: another host holds."""
+        self.decide(file, float("inf"))
+
     def refuse(self, file: File, text: str) -> None:
         """Say of all why no protection can be given."""
         undecided, file.undecided = file.undecided, []
@@ -73,3 +77,10 @@ class Undecided:
         else:
             self._service.processes.add(connection.pid, description)
             self._service.answer_granted(connection, description, True)
+
+
+def cannot_lock(error: OSError) -> str:
+    """Return the line that says why a proxy cannot be had, and what to do."""
+    if error.errno == errno.EMFILE:
+        return "the keeper has no descriptor left; raise its limit (ulimit -Hn)"
+    return f"no file can be made in the rendezvous directory: {error.strerror}: {error.filename}; set FLOCKSHIM_DIR"
