@@ -148,13 +148,24 @@ static long poll_for_answer(struct call *call, int32_t milliseconds) {
     return events[0].revents ? receive(call, MSG_DONTWAIT) : -EINTR;
 }
 
+static long wait_for_answer(struct call *call) {
+    long got;
+
+    if (!call->blocking || !call->wait->receive)
+        return receive(call, 0);
+    got = call->wait->receive((int)call->channel.socket, &call->answer, sizeof call->answer - 1);
+    if (got >= 0)
+        ((char *)&call->answer)[got] = 0;
+    return got;
+}
+
 static long receive_with_patience(struct call *call) {
     int looks = call->blocking && call->wait->gone;
     int32_t left;
     long result;
 
     if (!call->wait->poll)
-        return receive(call, 0);
+        return wait_for_answer(call);
     left = patience(call);
     do {
         int32_t slice = looks && left > GONE_MILLISECONDS ? GONE_MILLISECONDS : left;
@@ -228,6 +239,12 @@ static enum outcome receive_answer(struct call *call) {
                 send_word(call, KIND_CANCEL);
             cancelled = 1;
             continue;
+        }
+        /* fcntl_setlk in the kernel's fs/locks.c: another thread has closed it. */
+        if (call->answer.kind == KIND_GRANT && call->request.family == FAMILY_PROCESS &&
+            !is_same_file(call)) {
+            call->answer.error = EBADF;
+            return ANSWERED;
         }
         /* The lock is ours only if the keeper learns that we are still here: a call that was left
          * by longjmp(3) or exec, or is stopped, must not be served. */

@@ -16,6 +16,8 @@ struct client_request {
 struct client_wait {
     int timeout; /* milliseconds; negative: for ever */
     int poll; /* whether poll(2) may be used, which SA_RESTART does not restart: not in programs */
+    /* Of a call that is a cancellation point, else NULL: recv(2) as one. */
+    long (*receive)(int socket, void *buffer, unsigned long size);
     int cancel; /* a descriptor that is readable when the wait shall end as by a signal; or -1 */
     int pid;    /* for which program a supervisor asks; 0: for this one */
     int number; /* of the descriptor in that program */

@@ -21,6 +21,14 @@ extern int our_fcntl64(int descriptor, int command, ...) EXPORTED_AS("fcntl64");
 extern int our_lockf(int descriptor, int command, off_t length) EXPORTED_AS("lockf");
 extern int our_lockf64(int descriptor, int command, off_t length) EXPORTED_AS("lockf64");
 
+/* What pthread_cleanup_push(3) has been in C libraries for as long as they are here. */
+struct cleanup_buffer {
+    void *opaque[8];
+};
+extern void _pthread_cleanup_push(struct cleanup_buffer *buffer, void (*routine)(void *),
+                                  void *argument) __attribute__((weak));
+extern void _pthread_cleanup_pop(struct cleanup_buffer *buffer, int execute) __attribute__((weak));
+
 typedef int fcntl_function(int descriptor, int command, ...);
 
 /* Of the C library, where some are cancellation points: pthreads(7). */
@@ -63,6 +71,29 @@ static int without_kernel(const struct config *config, int descriptor, int comma
     return lock_without_kernel(config, descriptor, &request);
 }
 
+/* F_SETLKW is a cancellation point, so it must wait in one; and a thread that is cancelled there
+ * must leave no socket behind. Both pthreads(7) and these two are the same in glibc and musl. */
+static void close_socket(void *socket) {
+    sys1(SYS_close, *(int *)socket);
+}
+
+static long receive_cancellably(int socket, void *buffer, unsigned long size) {
+    long (*next)(int, void *, unsigned long, int) =
+        (long (*)(int, void *, unsigned long, int))next_function(NEXT_RECV);
+    struct cleanup_buffer cleanup;
+    long got;
+
+    _pthread_cleanup_push(&cleanup, close_socket, &socket);
+    got = next(socket, buffer, size, 0);
+    _pthread_cleanup_pop(&cleanup, 0);
+    return got < 0 ? -errno : got;
+}
+
+static int can_be_cancelled(int command) {
+    return (command == F_SETLKW || command == F_OFD_SETLKW) && &_pthread_cleanup_push &&
+           &_pthread_cleanup_pop && next_function(NEXT_RECV);
+}
+
 /* 0 or -errno. */
 __attribute__((noinline)) static int emulate(const struct config *config, int descriptor,
                                              int command, struct flock *lock, int kernel_error) {
@@ -70,6 +101,8 @@ __attribute__((noinline)) static int emulate(const struct config *config, int de
     struct client_request request;
     int result = record_request(descriptor, command, lock, &request);
 
+    if (can_be_cancelled(command))
+        wait.receive = receive_cancellably;
     if (result == 0)
         result = lock_by_mode(config, &wait, descriptor, &request, kernel_error);
     if (result == 0 && request.operation & LOCK_TEST)
@@ -99,8 +132,9 @@ static int lock_record(enum next which, int descriptor, int command, struct floc
             return result;
         error = errno;
     }
+    error = emulate(config, descriptor, command, lock, error);
     errno = before;
-    return finish(emulate(config, descriptor, command, lock, error));
+    return finish(error);
 }
 
 static int call(enum next which, int descriptor, int command, void *argument) {

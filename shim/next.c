@@ -16,8 +16,8 @@ extern int dl_iterate_phdr(int (*)(struct dl_phdr_info *, size_t, void *), void 
 static void *found[NEXT_COUNT];
 static int have_searched;
 
-static const char *const names[NEXT_COUNT] = {"execve",       "execv", "execvp", "posix_spawn",
-                                              "posix_spawnp", "fcntl", "fcntl64"};
+static const char *const names[NEXT_COUNT] = {"execve",       "execv", "execvp",  "posix_spawn",
+                                              "posix_spawnp", "fcntl", "fcntl64", "recv"};
 
 struct symbols {
     uintptr_t base;

@@ -11,6 +11,7 @@ enum next {
     NEXT_POSIX_SPAWNP,
     NEXT_FCNTL,
     NEXT_FCNTL64,
+    NEXT_RECV,
     NEXT_COUNT
 };
 

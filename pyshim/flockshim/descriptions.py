@@ -40,6 +40,10 @@ class Description:
         """Return whether it is still open where it was last seen."""
         return bool(lib.native_is_open_at(self.descriptor, self.pid, self.number))
 
+    def was_closed(self) -> bool:
+        """Return whether it surely is not open any more where it was last seen, in any thread's table."""
+        return bool(lib.native_was_closed_at(self.descriptor, self.pid, self.number))
+
 
 def closed(descriptions: Iterable[Description]) -> list[Description]:
     """Return those that no process but the keeper has open any more, and note where the others are.
@@ -52,7 +56,7 @@ def closed(descriptions: Iterable[Description]) -> list[Description]:
     suspects = ffi.new("struct native_suspect[]", len(moved))
     for description, suspect in zip(moved, suspects):
         suspect.kept = description.descriptor
-        suspect.device, suspect.inode = description.key
+        suspect.device, suspect.inode = description.key[:2]
         suspect.known_pid = description.pid
     if lib.native_find_open(suspects, len(moved)) < 0:
         return []

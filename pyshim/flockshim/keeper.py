@@ -60,7 +60,7 @@ class Keeper:
             self.loop,
             self.service,
             self.records,
-            self.records.knocked,
+            self.records.knocks.knocked,
             self._write_list,
             most,
         )
@@ -90,7 +90,7 @@ class Keeper:
 
     def _alarm(self, now: float) -> None:
         self.service.alarm(now)
-        self.records.patience.look(now)
+        self.records.waits.patience.look(now)
 
     def _write_list(self, descriptor: int) -> None:
         """Write who holds and who waits into a file; see `listing`."""

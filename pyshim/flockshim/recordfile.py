@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 _OPEN = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 UNLOCK, SHARED, EXCLUSIVE = fcntl.LOCK_UN, fcntl.LOCK_SH, fcntl.LOCK_EX
+RECORDS = 1
+"""The third member of the key of a file's record locks, which are independent of those of flock(2)."""
 EVERYTHING = Range(0, lib.RECORD_END, True)
 
 
@@ -92,17 +94,18 @@ class Owner:
         """Return what is the same for the owners of several files that are one process."""
         return self.pid if self.is_process else self
 
-    def add_place(self, descriptor: int, number: int) -> None:
-        """Note that a process locks by this descriptor too; `descriptor` is our duplicate of it."""
+    def place_of(self, descriptor: int, number: int) -> Description:
+        """Return the place that this descriptor is, a new one if need be; `descriptor` is our duplicate of it."""
         for place in self.places:
             if place.number == number and lib.native_same_description(place.descriptor, descriptor) == 1:
                 closing.close(descriptor)
-                return
+                return place
         self.places.append(Description(descriptor, self.key, self.pid, number))
+        return self.places[-1]
 
     def has_closed(self) -> bool:
         """Return whether the process has closed a descriptor by which it has locked, or has ended."""
-        return any(lib.native_was_closed_at(one.descriptor, one.pid, one.number) for one in self.places)
+        return any(place.was_closed() for place in self.places)
 
     def keep_open_places(self) -> None:
         """Forget the descriptors that were closed, though not the last."""

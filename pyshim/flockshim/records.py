@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import fcntl
 import time
 
-from flockshim import closing, holders
+from flockshim import closing
 from flockshim._native import lib
 from flockshim.descriptions import Description
 from flockshim.grants import Grants
 from flockshim.locktable import GRANTED, WAITING
 from flockshim.neighbours import Neighbours
-from flockshim.patience import Patience
-from flockshim.recordfile import EVERYTHING, Owner, RecordFile, held_by, without_owner
-from flockshim.recordtable import Range, RecordWaiter, deadlocks
+from flockshim.recordfile import RECORDS, Owner, RecordFile, held_by, without_owner
+from flockshim.recordknocks import RecordKnocks
+from flockshim.recordtable import Range
 from flockshim.recordundecided import RecordUndecided
-from flockshim.undecided import UNDECIDED_SECONDS, cannot_lock
+from flockshim.recordwaits import RecordWaits
+from flockshim.undecided import cannot_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,14 +24,13 @@ if TYPE_CHECKING:
 
     from flockshim.host import Key
     from flockshim.journal import Journal
+    from flockshim.leases import Leases
     from flockshim.lockservice import LockService
     from flockshim.loop import Loop
     from flockshim.programs import Connection, Programs
     from flockshim.rendezvous import Rendezvous
 
 LOCK_EX, LOCK_NB, LOCK_UN, LOCK_TEST = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN, lib.LOCK_TEST
-RECORDS = 1
-"""The third member of the key of a file's record locks, which are independent of those of flock(2)."""
 IDLE_PROXY_SECONDS = 1.0
 
 
@@ -47,11 +45,16 @@ class RecordService:
         self.files: dict[Key, RecordFile] = {}
         self.undecided = RecordUndecided(self)
         self.grants = Grants(self)
-        self.neighbours = Neighbours(loop, rendezvous)
-        self.patience = Patience(loop, self._tell_waiting, self._time_out)
+        self.waits = RecordWaits(self, loop)
+        self.knocks = RecordKnocks(self, Neighbours(loop, rendezvous))
         self._flock = flock
         self._rendezvous = rendezvous
         self._journal = journal
+
+    @property
+    def leases(self) -> Leases | None:
+        """What other hosts are asked by, once that was needed."""
+        return self._flock.files.leases
 
     def _file(self, device: int, inode: int) -> RecordFile:
         key = (device, inode, RECORDS)
@@ -62,7 +65,7 @@ class RecordService:
 
     def permit_lease(self, file: RecordFile, wanted: Range) -> bool:
         """Return whether no other host forbids a range; if one may, it is asked."""
-        leases = self._flock.files.leases
+        leases = self.leases
         if not file.leased:
             return True
         waits = file.waits or bool(file.lock.queue)
@@ -105,7 +108,7 @@ class RecordService:
         owner = file.find(descriptor, is_process, connection.pid)
         if owner is None and file.is_shared() and self._redirected(connection, file, descriptor, is_process):
             return
-        owner = self._known(file, owner, connection, descriptor, number, is_process)
+        owner, place = self._known(file, owner, connection, descriptor, number, is_process)
         wanted = Range(connection.first, connection.last, bool(operation & LOCK_EX))
         try:
             if operation & LOCK_TEST:
@@ -113,7 +116,7 @@ class RecordService:
             elif operation & LOCK_UN:
                 self._unlock(connection, file, owner, wanted)
             elif self._has_lease(connection, file, owner):
-                self._lock(connection, file, owner, wanted, not operation & LOCK_NB)
+                self._lock(connection, file, owner, wanted, None if operation & LOCK_NB else place)
         except OSError as error:
             self.forget_if_unused(file, owner)
             connection.refuse(cannot_lock(error))
@@ -124,8 +127,8 @@ class RecordService:
             return True
         if not self._flock.leasing.need(connection, file, owner):
             return False
-        if self._flock.files.leases:
-            self._flock.files.leases.ask_again(file.key)
+        if self.leases:
+            self.leases.ask_again(file.key)
         return True
 
     def _redirected(self, connection: Connection, file: RecordFile, descriptor: int, is_process: bool) -> bool:
@@ -148,25 +151,27 @@ class RecordService:
         descriptor: int,
         number: int,
         is_process: bool,
-    ) -> Owner:
-        """Return the owner, who has at least this place; what it has lost by closing another is taken away before."""
+    ) -> tuple[Owner, Description]:
+        """Return the owner and its place; what it has lost by closing another is taken away before."""
         if owner is None:
             owner = Owner(file.key, Description(descriptor, file.key, connection.pid, number), is_process)
             file.owners.add(owner)
-        elif is_process:
-            owner.add_place(descriptor, number)
-            if len(owner.places) > 1 or owner.places[0].number != number:
-                self._check_places(file, owner)
-        else:
-            closing.close(descriptor)
-            place = owner.places[0]
-            if owner.pid != connection.pid:
-                self.processes.discard(owner.pid, owner)
-            owner.pid = place.pid = connection.pid
-            place.number = number
-        return owner
+            return owner, owner.places[0]
+        if is_process:
+            place = owner.place_of(descriptor, number)
+            if len(owner.places) > 1:
+                self.check_places(file, owner)
+            return owner, place
+        closing.close(descriptor)
+        place = owner.places[0]
+        if owner.pid != connection.pid:
+            self.processes.discard(owner.pid, owner)
+        owner.pid = place.pid = connection.pid
+        place.number = number
+        return owner, place
 
-    def _check_places(self, file: RecordFile, owner: Owner) -> None:
+    def check_places(self, file: RecordFile, owner: Owner) -> None:
+        """Take away what a process has lost by closing a descriptor."""
         if owner.is_process and owner.has_closed():
             file.drop(owner)
             owner.keep_open_places()
@@ -186,7 +191,7 @@ class RecordService:
 
     def answer_unlocked(self, file: RecordFile) -> None:
         """Answer those who have unlocked, unless the lease is still to be given back."""
-        leases = self._flock.files.leases
+        leases = self.leases
         if file.unlocking and not (leases and leases.is_giving_back(file.key)):
             unlocking, file.unlocking = file.unlocking, []
             for connection in unlocking:
@@ -212,27 +217,18 @@ class RecordService:
             holder, held = found
             connection.answer_found(held, holder.shown_pid, "")
 
-    def _lock(self, connection: Connection, file: RecordFile, owner: Owner, wanted: Range, blocking: bool) -> None:
+    def _lock(
+        self, connection: Connection, file: RecordFile, owner: Owner, wanted: Range, place: Description | None
+    ) -> None:
+        """Whoever may wait does so by a `place`."""
         self._check_conflicting(file, owner, wanted)
         before = file.snapshot(owner, wanted)
-        file.waits = blocking
-        outcome = file.request(owner, wanted, blocking, connection)
+        file.waits = place is not None
+        outcome = file.request(owner, wanted, file.waits, connection)
         if outcome == GRANTED:
             self.granted(file, connection, owner, wanted, before)
-        elif outcome == WAITING:
-            waiter = file.lock.queue[-1]
-            if self._deadlocks(waiter):
-                file.lock.queue.remove(waiter)
-                self.forget_if_unused(file, owner)
-                connection.answer(errno.EDEADLK)
-                return
-            owner.waits += 1
-            connection.waiter = waiter
-            self.programs.hold(connection)
-            self.processes.add(connection.pid, connection)
-            self.settle(file)
-            if connection.waiter:
-                self.patience.begin(connection)
+        elif outcome == WAITING and place:
+            self.waits.begin(file, connection, place)
         else:
             self.undecided.add(file, connection, owner, wanted, False)
             self.undecided.retry(file)
@@ -248,11 +244,12 @@ class RecordService:
         if connection.is_supervised:
             # Its program may have gone.
             self.programs.hold(connection)
-            self._add_grant(connection, owner, wanted, before)
+            self.add_grant(connection, owner, wanted, before)
         else:
             connection.answer(0)
 
-    def _add_grant(self, connection: Connection, owner: Owner, wanted: Range, before: list[Range]) -> None:
+    def add_grant(self, connection: Connection, owner: Owner, wanted: Range, before: list[Range]) -> None:
+        """Tell of a grant that may not reach its program; see `granted`."""
         connection.undo = wanted, before
         self.grants.add(connection, owner, before != [wanted])
 
@@ -264,6 +261,10 @@ class RecordService:
         for other in others:
             if other.undo[0].overlaps(wanted):
                 return
+        self.restore(file, owner, wanted, before)
+
+    def restore(self, file: RecordFile, owner: Owner, wanted: Range, before: list[Range]) -> None:
+        """Give an owner what it held there before."""
         file.set(owner, wanted.first, wanted.last, None)
         for held in before:
             file.set(owner, *held)
@@ -276,72 +277,23 @@ class RecordService:
 
     def is_refused_by_hosts(self, file: RecordFile, wanted: Range) -> bool:
         """Return whether another host's lease forbids this."""
-        leases = self._flock.files.leases
+        leases = self.leases
         return file.leased and leases is not None and leases.forbids_record(file.key, wanted.exclusive)
 
     def refuse(self, connection: Connection, error: OSError) -> None:
         """The proxy cannot be had."""
         connection.refuse(cannot_lock(error))
 
-    # Waiting
-
     def withdraw(self, connection: Connection) -> None:
         """The program has given up waiting, or has died; `programs` has forgotten it."""
-        waiter = connection.waiter
-        if waiter is None:
-            self.grants.take_back(connection)
-            return
-        file = self.files[waiter.owner.key]
-        file.lock.queue.remove(waiter)
-        self._stop_waiting(connection)
-        self.forget_if_unused(file, waiter.owner)
-        self.settle(file)
-
-    def _stop_waiting(self, connection: Connection) -> None:
-        assert connection.waiter
-        connection.waiter.owner.waits -= 1
-        connection.waiter = None
-        self.patience.forget(connection)
-        self.processes.discard(connection.pid, connection)
-
-    def _deadlocks(self, waiter: RecordWaiter) -> bool:
-        if not waiter.owner.is_process or waiter.blocker is None:
-            return False
-        waiters = [one for file in self.files.values() for one in file.lock.queue if one is not waiter]
-        return deadlocks(waiter.owner, waiter.blocker, waiters, Owner.identity)
-
-    def _tell_waiting(self, connection: Connection) -> None:
-        assert connection.waiter
-        file = self.files[connection.waiter.owner.key]
-        leases = self._flock.files.leases
-        if leases and leases.may_learn(file.key):
-            self.patience.tell_later(connection)
+        if connection.waiter:
+            self.waits.withdraw(connection)
         else:
-            connection.tell_waiting(self._describe(file, connection.waiter))
+            self.grants.take_back(connection)
 
-    def _time_out(self, connection: Connection) -> None:
-        assert connection.waiter
-        file = self.files[connection.waiter.owner.key]
-        leases = self._flock.files.leases
-        unknown = leases and leases.is_pending(file.key) and not leases.is_refused(file.key)
-        late = time.monotonic() - connection.waiter.since - connection.timeout / 1000
-        if unknown and late < UNDECIDED_SECONDS:
-            self.patience.end_later(connection)
-            return
-        who = self._describe(file, connection.waiter)
-        self.programs.forget(connection)
-        self.withdraw(connection)
-        connection.time_out(who)
-
-    def _describe(self, file: RecordFile, waiter: RecordWaiter) -> str:
-        # What is only said must not end what holds the locks.
-        with contextlib.suppress(OSError, ValueError):
-            for owner, _ in file.lock.conflicts(waiter.owner, waiter.wanted):
-                return holders.describe(owner.pid, owner.since)
-            leases = self._flock.files.leases
-            elsewhere = leases.holder(file.key) if leases else None
-            return elsewhere or (file.knock.holder if file.knock else "") or holders.UNKNOWN
-        return holders.UNKNOWN
+    def refuse_first(self, file: RecordFile, text: str) -> None:
+        """Refuse whoever is first in line."""
+        self.waits.refuse(file, file.lock.queue[0], text)
 
     # What holds, and what follows
 
@@ -381,55 +333,18 @@ class RecordService:
 
     def settle(self, file: RecordFile) -> None:
         """Serve those who wait, tell other keepers, and hold the lease exactly as long as it is needed."""
-        waits_elsewhere = False
-        for waiter in list(file.lock.queue):
-            if waiter in file.lock.queue:
-                waits_elsewhere |= self._serve(file, waiter)
+        waits_elsewhere = self.waits.serve(file)
         if file.is_changed:
             file.is_changed = False
             self.undecided.retry(file)
-            self._tell_subscribers(file)
-        self._subscribe(file, waits_elsewhere)
+            self.knocks.tell(file)
+        self.knocks.subscribe(file, waits_elsewhere)
         self._settle_lease(file)
         if not file.owners:
             file.idle_since = file.idle_since or time.monotonic()
 
-    def _serve(self, file: RecordFile, waiter: RecordWaiter) -> bool:
-        """Return whether it waits for another keeper."""
-        connection, owner, blocker = waiter.context, waiter.owner, waiter.blocker
-        self._check_places(file, owner)
-        before = file.snapshot(owner, waiter.wanted)
-        file.waits = True
-        try:
-            served = file.serve(waiter)
-        except OSError as error:
-            self._refuse(file, waiter, cannot_lock(error))
-            return False
-        if served:
-            self._stop_waiting(connection)
-            self.processes.add(connection.pid, owner)
-            self._add_grant(connection, owner, waiter.wanted, before)
-        elif waiter.blocker is not blocker and self._deadlocks(waiter):
-            self._end_wait(file, waiter)
-            connection.answer(errno.EDEADLK)
-        return not served and file.is_refused_elsewhere
-
-    def _end_wait(self, file: RecordFile, waiter: RecordWaiter) -> None:
-        file.lock.queue.remove(waiter)
-        self.programs.forget(waiter.context)
-        self._stop_waiting(waiter.context)
-        self.forget_if_unused(file, waiter.owner)
-
-    def _refuse(self, file: RecordFile, waiter: RecordWaiter, text: str) -> None:
-        self._end_wait(file, waiter)
-        waiter.context.refuse(text)
-
-    def refuse_first(self, file: RecordFile, text: str) -> None:
-        """Refuse whoever is first in line."""
-        self._refuse(file, file.lock.queue[0], text)
-
     def _settle_lease(self, file: RecordFile) -> None:
-        leases = self._flock.files.leases
+        leases = self.leases
         if not file.leased or leases is None:
             return
         if file.lock.ranges:
@@ -439,54 +354,6 @@ class RecordService:
                 leases.abandon(file.key)
         elif not file.queue_or_undecided():
             leases.give_back(file.key)
-
-    # Other keepers of this host
-
-    def knocked(self, connection: Connection, device: int, inode: int, wanted: Range) -> None:
-        """Tell another keeper whether a lock of ours forbids this one; and, if it stays, when that has changed."""
-        file = self.files.get((device, inode, RECORDS))
-        nobody = None
-        if file:
-            self.check([owner for owner, _ in file.lock.conflicts(nobody, wanted)])
-            self.settle(file)
-        found = next(file.lock.conflicts(nobody, wanted), None) if file else None
-        if file is None or found is None:
-            connection.answer(0)
-            return
-        holder, held = found
-        text = holders.describe(holder.pid, holder.since)
-        if connection.flags & lib.FLAG_STAY:
-            file.subscribers.append(connection)
-            self.programs.hold(connection)
-            connection.ends = lambda: file.subscribers.remove(connection)
-            connection.tell_found(held, holder.shown_pid, text)
-        else:
-            connection.answer_found(held, holder.shown_pid, text)
-
-    def _tell_subscribers(self, file: RecordFile) -> None:
-        subscribers, file.subscribers = file.subscribers, []
-        for connection in subscribers:
-            self.programs.forget(connection)
-            connection.answer(0)
-
-    def _subscribe(self, file: RecordFile, waits_elsewhere: bool) -> None:
-        """Those who wait for other keepers must learn when these have unlocked something."""
-        if waits_elsewhere and file.knock is None:
-            file.knock = self.neighbours.knock(
-                file.key, EVERYTHING, lambda: self._answered(file), lambda: self._freed(file)
-            )
-        elif not file.lock.queue:
-            file.unsubscribe()
-
-    def _answered(self, file: RecordFile) -> None:
-        """What was in the way may have gone before the other keeper was asked."""
-        if file.knock and not file.knock.is_watching():
-            self.settle(file)
-
-    def _freed(self, file: RecordFile) -> None:
-        file.knock = None
-        if self.files.get(file.key) is file:
-            self.settle(file)
 
     # What happens without being asked for
 
@@ -503,12 +370,13 @@ class RecordService:
         """Look once a second for what no event tells: descriptors closed without unlocking."""
         self.check_all()
         self.grants.look(now)
+        self.waits.look_at_suspects()
         for file in list(self.files.values()):
             if file.knock and not file.knock.is_watching():
                 file.unsubscribe()
             self.settle(file)
             self.undecided.decide(file, now)
-            leases = self._flock.files.leases
+            leases = self.leases
             if file.leased and leases and file.lock.ranges and not any(file.lock.holders.values()):
                 leases.relax(file.key)
             if file.is_unused() and now - file.idle_since >= IDLE_PROXY_SECONDS:

@@ -38,7 +38,7 @@ class Range(NamedTuple):
 class RecordWaiter:
     """A blocking request that could not be granted at once."""
 
-    __slots__ = ("blocker", "context", "owner", "since", "wanted")
+    __slots__ = ("blocker", "context", "owner", "place", "since", "wanted")
 
     def __init__(self, owner: Any, wanted: Range, context: Any, since: float) -> None:
         """Note the owner, the range asked for, the caller's own `context` for the answer, and the time."""
@@ -46,6 +46,8 @@ class RecordWaiter:
         self.wanted = wanted
         self.context = context
         self.since = since
+        # The caller's own, too.
+        self.place: Any = None
         # Whose lock is in the way, as far as it is in this table.
         self.blocker: Any = None
 
@@ -143,17 +145,22 @@ class RecordLock:
         return True
 
 
-def deadlocks(owner: Any, blocker: Any, waiters: list[RecordWaiter], identity: Callable[[Any], Any]) -> bool:
-    """Return whether `blocker`, whose lock is in `owner`'s way, waits for `owner` in the end.
+def circle(waiter: RecordWaiter, waiters: list[RecordWaiter]) -> list[RecordWaiter]:
+    """Return those for whom this one waits, in the end itself; or nothing if it does not.
 
-    `waiters` are those of all files; `identity` tells which of their owners are the same process. As
+    `waiters` are the others of all files; owners tell by `identity` which of them are the same process. As
     ``posix_locks_deadlock`` in ``fs/locks.c``, this follows processes' locks only, and gives up after ten steps.
     """
-    for _ in range(MAX_STEPS):
-        found = [w.blocker for w in waiters if w.blocker is not None and identity(w.owner) == identity(blocker)]
-        blocker = next((one for one in found if one.is_process), None)
-        if blocker is None:
-            return False
-        if identity(blocker) == identity(owner):
-            return True
-    return False
+    found: list[RecordWaiter] = []
+    blocker = waiter.blocker
+    while len(found) < MAX_STEPS:
+        identity = blocker.identity()
+        blocked = (one for one in waiters if one.owner.identity() == identity)
+        nearest = next((one for one in blocked if one.blocker is not None and one.blocker.is_process), None)
+        if nearest is None:
+            return []
+        found.append(nearest)
+        blocker = nearest.blocker
+        if blocker.identity() == waiter.owner.identity():
+            return found
+    return []

@@ -134,7 +134,7 @@ class RecordUndecided:
     def _have_answered(self, file: RecordFile, request: _Request) -> bool:
         """Have the other keepers look whether their holders are alive, and return whether they have."""
         if request.knock is None:
-            request.knock = self._service.neighbours.knock(file.key, request.wanted, lambda: self._answered(file))
+            request.knock = self._service.knocks.ask(file, request.wanted, lambda: self._answered(file))
         return request.knock.is_answered
 
     def _answered(self, file: RecordFile) -> None:
