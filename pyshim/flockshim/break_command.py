@@ -33,8 +33,11 @@ def run(
     """
     with cluster_list.observer(Locker(environ), environ) as observer:
         try:
-            with Target(path, observer) as target:
-                return _break(target, yes, write, say)
+            with Target(path, observer) as flock, Target(path, observer, records=True) as records:
+                held = [target for target in (flock, records) if target.holdings()[0]]
+                if not held:
+                    write(f"nobody holds the lock on {holders.printable(flock.path)} between hosts\n")
+                return max([_break(target, yes, write, say) for target in held], default=0)
         except OSError as error:
             raise FlockshimError(
                 f"--break: the lock files beside {path!r}: {error.filename or ''}: {error.strerror}"
@@ -43,9 +46,6 @@ def run(
 
 def _break(target: Target, yes: bool, write: Callable[[str], None], say: Callable[[str], None]) -> int:
     held, _ = target.holdings()
-    if not held:
-        write(f"nobody holds the lock on {holders.printable(target.path)} between hosts\n")
-        return 0
     write("".join(_line(holding, target) for holding in held))
     alive = [holding for holding in held if holding.alive]
     for holding in alive:
@@ -63,7 +63,8 @@ def _line(holding: Holding, target: Target) -> str:
     who = cluster_list.describe(holding, target.name)
     vouched = f", vouched for at {holders.clock(holding.note.written)}" if holding.note else ", never vouched for"
     mode = "exclusive" if holding.entry.exclusive else "shared"
-    return f"{holders.printable(target.path)}: held by {who}: {mode}, token {holding.entry.granted}{vouched}\n"
+    what = " (record locks)" if target.records else ""
+    return f"{holders.printable(target.path)}{what}: held by {who}: {mode}, token {holding.entry.granted}{vouched}\n"
 
 
 def _ask(say: Callable[[str], None]) -> bool:

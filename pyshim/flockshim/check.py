@@ -25,8 +25,9 @@ _LONGEST_OPTION = 60
 
 _LOCKS = (
     "A lock is how programs wait for one another, so that no two of them change the same files at once. "
-    "uv, cargo and many others take theirs with flock()."
+    "uv, cargo and many others take theirs with flock(), SQLite and conda with fcntl()."
 )
+_CALLS = ("flock", "fcntl")
 
 
 class Verdict(NamedTuple):
@@ -91,7 +92,7 @@ def as_object(report: Report) -> dict[str, object]:
     ``source``, ``mount_point`` and ``options`` (a list) as in /proc/self/mountinfo, of type ``unknown`` if it is not
     there; ``probes``: an outcome for each of flock_, fcntl_ and ofd_ (record locks of open file descriptions) with
     shared, exclusive, nonblocking and conflict, and for exclusive_create, link, rename and symlink, which is ``ok``,
-    the name of an errno, ``hangs``, ``excludes nobody`` or ``skipped``; ``scope``: between whom flock works: ``local``
+    the name of an errno, ``hangs``, ``excludes nobody`` or ``skipped``; ``scope``: between whom locks work: ``local``
     (there are no other hosts), ``hosts``, ``host`` (this one), ``none``, ``unknown``; ``status``: the exit status;
     ``command``: how to run COMMAND here, null where that could not be tried; ``summary``: one sentence.
     """
@@ -142,27 +143,35 @@ def as_text(report: Report) -> str:
 
 def judge(path: str, outcomes: dict[str, str], reach: Reach, seconds: float) -> Verdict:
     """Return what the *outcomes* of trying, all probes by name, mean for programs that use *path*."""
-    flock = _of_kind(outcomes, "flock")
-    bad = list(filter(_is_bad, flock))
-    records = _record_locks_in_words(outcomes)
-    if not bad:
-        return _working(path, reach, records)
+    calls = [kind for kind in _CALLS if any(map(_is_bad, _of_kind(outcomes, kind)))]
+    if not calls:
+        return _working(path, reach, _ofd_in_words(outcomes))
     none = f"Locks do not work in {path!r}"
-    if probes.HANGS in bad:
-        return _forced(f"{none}: flock() does not return within {seconds:g} s.", reach, records)
-    if probes.EXCLUDES_NOBODY in bad:
-        return _forced(f"{none}: flock() gives one lock to two programs at once.", reach, records)
-    numbers = {errnos.number(name, "flock") for name in bad}
-    if probes.OK in flock or numbers & set(errnos.ANSWERS):
-        # With a kernel lock for one call and an emulated one for another, nobody would be excluded.
-        return _forced(
-            f"Locks work only in part in {path!r}: flock() {_kind_in_words(outcomes, 'flock')}.", reach, records
-        )
-    names = ",".join(dict.fromkeys(bad))
-    usual = numbers <= {int(number) for number in launch.DEFAULT_ERRNOS.split(",")}
+    for call in calls:
+        found = _of_kind(outcomes, call)
+        if probes.HANGS in found:
+            return _forced(f"{none}: {call}() does not return within {seconds:g} s.", reach)
+        if probes.EXCLUDES_NOBODY in found:
+            return _forced(f"{none}: {call}() gives one lock to two programs at once.", reach)
+        numbers = {errnos.number(name, call) for name in filter(_is_bad, found)}
+        if probes.OK in found or numbers & set(errnos.ANSWERS):
+            # With a kernel lock for one call and an emulated one for another, nobody would be excluded.
+            words = _kind_in_words(outcomes, call)
+            return _forced(f"Locks work only in part in {path!r}: {call}() {words}.", reach)
+    bad = {call: tuple(dict.fromkeys(filter(_is_bad, _of_kind(outcomes, call)))) for call in calls}
+    names = ",".join(dict.fromkeys(name for of_call in bad.values() for name in of_call))
+    usual = {errnos.number(name, "errno") for name in names.split(",")} <= set(
+        map(int, launch.DEFAULT_ERRNOS.split(","))
+    )
     command = "flockshim COMMAND" if usual else f"flockshim --errno {names} COMMAND"
-    advice = f"{_LOCKS} Under flockshim they get locks here, {_emulated_reach(reach)}{records}"
-    return Verdict("none", FAILS, command, f"{none}: flock() fails with {names}. Run: {command}", advice)
+    advice = f"{_LOCKS} Under flockshim they get locks here, {_emulated_reach(reach)}"
+    return Verdict("none", FAILS, command, f"{none}: {_failures_in_words(bad)}. Run: {command}", advice)
+
+
+def _failures_in_words(bad: dict[str, tuple[str, ...]]) -> str:
+    if len(bad) > 1 and len(set(bad.values())) == 1:
+        return f"{'() and '.join(bad)}() fail with {','.join(next(iter(bad.values())))}"
+    return ", ".join(f"{call}() fails with {','.join(names)}" for call, names in bad.items())
 
 
 def _working(path: str, reach: Reach, records: str) -> Verdict:
@@ -182,11 +191,11 @@ def _working(path: str, reach: Reach, records: str) -> Verdict:
     return Verdict(reach.scope, ONE_HOST, "COMMAND", summary, advice)
 
 
-def _forced(finding: str, reach: Reach, records: str) -> Verdict:
+def _forced(finding: str, reach: Reach) -> Verdict:
     command = "flockshim --force COMMAND"
     advice = (
         f"{_LOCKS} With --force flockshim never asks the file system and gives locks of its own, "
-        f"{_emulated_reach(reach)} Start all programs that use this directory so.{records}"
+        f"{_emulated_reach(reach)} Start all programs that use this directory so."
     )
     return Verdict("none", NEEDS_FORCE, command, f"{finding} Run: {command}", advice)
 
@@ -199,22 +208,16 @@ def _emulated_reach(reach: Reach) -> str:
     if reach.scope == filesystems.LOCAL:
         return "between your programs."
     return (
-        "between your programs on this host. Other hosts do not see them: if they use this directory too, let only "
-        "one host at a time write there."
+        "between your programs, on this host and, by files beside those that are locked (docs/cluster.md), on others."
     )
 
 
-def _record_locks_in_words(outcomes: dict[str, str]) -> str:
-    """Return a sentence about record locks, with a space before it, where there is something to warn of."""
-    if any(map(_is_bad, _of_kind(outcomes, "fcntl"))):
-        return (
-            f" fcntl(), with which SQLite and conda lock, {_kind_in_words(outcomes, 'fcntl')}, and this version of "
-            "flockshim does not replace it: they will not work there, so keep their files elsewhere."
-        )
+def _ofd_in_words(outcomes: dict[str, str]) -> str:
+    """Return a sentence about locks of open file descriptions, with a space before it, where they fail alone."""
     if any(map(_is_bad, _of_kind(outcomes, "ofd"))):
         return (
-            f" fcntl() with F_OFD_SETLK, which few programs use, {_kind_in_words(outcomes, 'ofd')}, and this version "
-            "of flockshim does not replace it."
+            f" fcntl() with F_OFD_SETLK, which few programs use, {_kind_in_words(outcomes, 'ofd')}; "
+            "for those use flockshim COMMAND."
         )
     return ""
 

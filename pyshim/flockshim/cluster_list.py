@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable, NamedTuple, TypeVar
 from flockshim import cluster_files, cluster_notes
 from flockshim.aliveness import Aliveness
 from flockshim.cluster import Lease
-from flockshim.cluster_names import MAX_KEEPER, Names, keeper_of, new_lineage
+from flockshim.cluster_names import MAX_KEEPER, RECORDS, Names, keeper_of, new_lineage
 from flockshim.cluster_ops import Operation, Pause, Protocol, Read
 from flockshim.cluster_vouch import DEFAULT_LEASE, Judge, Voucher
 from flockshim.lease_files import clock
@@ -83,13 +83,14 @@ class Holding(NamedTuple):
 class Target:
     """The lock files beside one target. Use as a context manager."""
 
-    def __init__(self, path: str, observer: Observer, judge: Judge | None = None) -> None:
-        """`path` need not exist; `judge` is shared by the targets of one directory.
+    def __init__(self, path: str, observer: Observer, judge: Judge | None = None, records: bool = False) -> None:
+        """`path` need not exist; `judge` is shared by the targets of one directory. `records`: of its record locks.
 
         Raises OSError where its directory cannot be opened, or its name is too long for cluster mode.
         """
         self.path = os.path.realpath(path)
-        self.name = os.path.basename(self.path)
+        self.name = os.path.basename(self.path) + (RECORDS if records else "")
+        self.records = records
         self.judge = judge or observer.judge()
         self._observer = observer
         self._claim = Names(self.name).claim

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from flockshim import holders
 
+RECORD_KINDS = ("POSIX", "OFDLCK")
+
 
 class KernelHolder(NamedTuple):
     """A lock of the kernel's."""
@@ -26,6 +28,31 @@ def find(file: os.stat_result) -> list[KernelHolder]:
     return (_open_in(os.listdir("/proc"), file) or _by_takers(listed, file.st_dev)) if listed else []
 
 
+class KernelRecord(NamedTuple):
+    """A record lock of the kernel's; `last` is None where it reaches to the end of the file."""
+
+    exclusive: bool
+    is_of_process: bool
+    pid: int
+    """The process that has it, or one of those that have the description open."""
+    first: int
+    last: int | None
+
+
+def records(file: os.stat_result) -> list[KernelRecord]:
+    """Return the record locks on a file, as far as their processes can be seen from here."""
+    if not any(_listed(file, RECORD_KINDS)):
+        return []
+    found: list[KernelRecord] = []
+    for name in filter(str.isdigit, os.listdir("/proc")):
+        for lock in _locks_of(name, file, RECORD_KINDS):
+            one = KernelRecord(lock.exclusive, lock.kind == "POSIX", int(name), lock.first, lock.last)
+            # A description may be open in several processes.
+            if one._replace(pid=0) not in [other._replace(pid=0) for other in found if not other.is_of_process]:
+                found.append(one)
+    return sorted(found, key=lambda lock: lock.first)
+
+
 def describe(file: os.stat_result) -> str:
     """Return who holds a lock on a file, for people to read."""
     # Mostly whoever has called flock(2) still has it; to look into all processes takes a while.
@@ -35,7 +62,7 @@ def describe(file: os.stat_result) -> str:
     return "a program that cannot be seen from here (on another host, in another container, or gone by now)"
 
 
-def _listed(file: os.stat_result, blocked: bool = False) -> list[_Lock]:
+def _listed(file: os.stat_result, kinds: tuple[str, ...] = ("FLOCK",), blocked: bool = False) -> list[_Lock]:
     """Return the locks on files of this number, or the requests that are blocked by them.
 
     The device in /proc need not be that of stat(2), as on btrfs.
@@ -47,7 +74,7 @@ def _listed(file: os.stat_result, blocked: bool = False) -> list[_Lock]:
         return []
     # Blocked ones have an arrow before what the others have too.
     found = [_Lock.of([*w[:1], *w[2:]] if blocked else w) for w in words if (w[1:2] == ["->"]) == blocked]
-    return [lock for lock in found if lock and lock.inode == file.st_ino]
+    return [lock for lock in found if lock and lock.kind in kinds and lock.inode == file.st_ino]
 
 
 def waiting(file: os.stat_result) -> list[tuple[bool, int]]:
@@ -57,20 +84,25 @@ def waiting(file: os.stat_result) -> list[tuple[bool, int]]:
 
 
 class _Lock(NamedTuple):
+    kind: str
     exclusive: bool
     pid: int
     device: int
     inode: int
+    first: int
+    last: int | None
 
     @classmethod
     def of(cls, words: list[str]) -> _Lock | None:
         """Read a line such as ``1: FLOCK  ADVISORY  WRITE 708 08:01:1234 0 EOF``."""
-        if len(words) < 6 or words[1] != "FLOCK":
+        if len(words) < 8 or words[1] not in ("FLOCK", *RECORD_KINDS):
             return None
         if words[5].startswith("<"):  # the file system has just gone
             return None
         major, minor, inode = words[5].split(":")
-        return cls(words[3] == "WRITE", int(words[4]), os.makedev(int(major, 16), int(minor, 16)), int(inode))
+        device = os.makedev(int(major, 16), int(minor, 16))
+        last = None if words[7] == "EOF" else int(words[7])
+        return cls(words[1], words[3] == "WRITE", int(words[4]), device, int(inode), int(words[6]), last)
 
 
 def _open_in(processes: list[str], file: os.stat_result) -> list[KernelHolder]:
@@ -87,14 +119,19 @@ def _open_in(processes: list[str], file: os.stat_result) -> list[KernelHolder]:
     return [KernelHolder(exclusive, taker, sorted(pids, key=holders.age)) for (exclusive, taker), pids in found.items()]
 
 
-def _locks_of(process: str, file: os.stat_result) -> list[_Lock]:
+def _locks_of(process: str, file: os.stat_result, kinds: tuple[str, ...] = ("FLOCK",)) -> list[_Lock]:
     locks = []
     with contextlib.suppress(OSError):
         for number in os.listdir(f"/proc/{process}/fdinfo"):
             with contextlib.suppress(OSError), open(f"/proc/{process}/fdinfo/{number}", "rb") as info:
                 for line in info.read().decode(errors="replace").splitlines():
                     lock = _Lock.of(line.split()[1:]) if line.startswith("lock:") else None
-                    if lock and lock.inode == file.st_ino and _is(f"/proc/{process}/fd/{number}", file):
+                    if (
+                        lock
+                        and lock.kind in kinds
+                        and lock.inode == file.st_ino
+                        and _is(f"/proc/{process}/fd/{number}", file)
+                    ):
                         locks.append(lock)
     return locks
 

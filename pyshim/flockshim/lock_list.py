@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from flockshim.locking import Locker
 
+    _Files = dict[tuple[int, int, str], dict[str, Any]]
+
 ANSWER_MILLISECONDS = 5000
 MESSAGE_MILLISECONDS = 500
 
@@ -36,7 +38,7 @@ def gather(locker: Locker, milliseconds: int = ANSWER_MILLISECONDS) -> tuple[lis
     :raises FlockshimError: when it cannot be seen which keepers there are.
     """
     directory = locker.rendezvous_directory()
-    files: dict[tuple[int, int], dict[str, Any]] = {}
+    files: _Files = {}
     silent = {}
     for path in _sockets(directory):
         try:
@@ -55,7 +57,7 @@ def holder_of(locker: Locker, file: os.stat_result, path: str | None = None) -> 
     """
     with contextlib.suppress(FlockshimError):
         for entry in gather(locker, MESSAGE_MILLISECONDS)[0]:
-            if (entry["device"], entry["inode"]) == (file.st_dev, file.st_ino):
+            if (entry["device"], entry["inode"], entry["locks"]) == (file.st_dev, file.st_ino, "flock"):
                 for holder in entry["holders"]:
                     return _describe(holder)
     with contextlib.suppress(FlockshimError, OSError):
@@ -100,12 +102,12 @@ def _ask(socket: str, milliseconds: int) -> dict[str, Any]:
         return dict(json.load(file))
 
 
-def _add(files: dict[tuple[int, int], dict[str, Any]], answer: dict[str, Any]) -> None:
+def _add(files: _Files, answer: dict[str, Any]) -> None:
     for file in answer["files"]:
         for program in (*file["holders"], *file["waiters"]):
             program["keeper"] = answer["keeper"]
             program["pid_namespace"] = answer["pid_namespace"]
-        known = files.setdefault((file["device"], file["inode"]), file)
+        known = files.setdefault((file["device"], file["inode"], file["locks"]), file)
         if known is not file:
             known["holders"] += file["holders"]
             known["waiters"] += file["waiters"]

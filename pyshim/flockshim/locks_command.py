@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+MOST_RANGES = 8
+"""How many ranges of one program are shown to people."""
+
 
 def run(
     paths: list[str],
@@ -26,12 +29,15 @@ def run(
 
     The JSON is an object: ``version`` 1; ``host``; ``files``; ``silent``, the sockets of keepers that did not
     answer, each with the reason.
-    A file has ``path``, ``device``, ``inode``, ``kind`` (``"emulated"``, ``"kernel"`` or ``"cluster"``), ``holders``
-    and ``waiters``, the latter in the order in which they have come.
+    A file has ``path``, ``device``, ``inode``, ``locks`` (``"flock"``, or ``"fcntl"`` for record locks, which are
+    independent of those), ``kind`` (``"emulated"``, ``"kernel"`` or ``"cluster"``), ``holders`` and ``waiters``, the
+    latter in the order in which they have come.
     Both have ``mode`` (``"exclusive"`` or ``"shared"``), ``pid``, ``command``, ``since`` (seconds since the epoch; null
     for the kernel's locks, of which it is not known), ``pid_namespace`` and ``keeper`` (its pid, or null); holders also
     ``taken_by``, the process that called ``flock(2)``, and ``taker_ended``, whether that is no more: the lock is then
-    held by a description that others have inherited.
+    held by a description that others have inherited. Of record locks both have ``ranges``, each with ``first`` and
+    ``last`` byte (null: to the end of the file) and ``mode``, and holders ``owner``, ``"process"`` or
+    ``"description"``.
     Those of kind ``"cluster"`` are the keepers that hold or wait between hosts, this one included: each has ``mode``,
     ``keeper`` (its id), ``host`` (null if it has not told), ``alive`` (null for one on another host), ``token``
     (the fencing token; null for one that waits), ``vouched`` (when it last said that it is alive, in seconds since the
@@ -50,11 +56,12 @@ def run(
     if paths:
         wanted = {(status.st_dev, status.st_ino): (path, status) for path in paths for status in [_stat(path)]}
         files = [file for file in files if (file["device"], file["inode"]) in wanted]
-        files += [file for path, status in wanted.values() for file in _kernel_file(path, status)]
+        files += [file for path, status in wanted.values() for file in _kernel_files(path, status)]
         with cluster_list.observer(locker, environ) as observer:
             for path, status in wanted.values():
                 try:
-                    files += _cluster_file(path, status, observer)
+                    files += _cluster_file(path, status, observer, "flock")
+                    files += _cluster_file(path, status, observer, "fcntl")
                 except OSError as error:
                     unreadable.append(f"the lock files beside {path!r} cannot be read: {error.strerror}")
     host = os.uname().nodename
@@ -77,31 +84,37 @@ def _stat(path: str) -> os.stat_result:
         raise FlockshimError(f"--locks: {path!r}: {error.strerror}") from None
 
 
-def _kernel_file(path: str, status: os.stat_result) -> list[dict[str, Any]]:
-    found = kernel_locks.find(status)
-    if not found:
-        return []
-    return [
+def _kernel_files(path: str, status: os.stat_result) -> list[dict[str, Any]]:
+    file = {"path": os.path.realpath(path), "device": status.st_dev, "inode": status.st_ino, "kind": "kernel"}
+    flocks = [
         {
-            "path": os.path.realpath(path),
-            "device": status.st_dev,
-            "inode": status.st_ino,
-            "kind": "kernel",
-            "holders": [
-                {
-                    **_of_kernel(lock.exclusive, lock.pids[0]),
-                    "taken_by": lock.taker,
-                    "taker_ended": not holders.is_alive(lock.taker),
-                }
-                for lock in found
-            ],
-            "waiters": [_of_kernel(exclusive, pid) for exclusive, pid in kernel_locks.waiting(status)],
+            **_of_kernel(lock.exclusive, lock.pids[0]),
+            "taken_by": lock.taker,
+            "taker_ended": not holders.is_alive(lock.taker),
         }
+        for lock in kernel_locks.find(status)
     ]
+    waiting = [_of_kernel(exclusive, pid) for exclusive, pid in kernel_locks.waiting(status)]
+    records = [
+        {
+            **_of_kernel(lock.exclusive, lock.pid),
+            "taken_by": lock.pid,
+            "taker_ended": False,
+            "owner": "process" if lock.is_of_process else "description",
+            "ranges": [{"first": lock.first, "last": lock.last, "mode": _mode(lock.exclusive)}],
+        }
+        for lock in kernel_locks.records(status)
+    ]
+    found = [("flock", flocks, waiting), ("fcntl", records, [])]
+    return [{**file, "locks": locks, "holders": held, "waiters": waits} for locks, held, waits in found if held]
 
 
-def _cluster_file(path: str, status: os.stat_result, observer: Observer) -> list[dict[str, Any]]:
-    with Target(path, observer) as target:
+def _mode(exclusive: bool) -> str:
+    return "exclusive" if exclusive else "shared"
+
+
+def _cluster_file(path: str, status: os.stat_result, observer: Observer, locks: str) -> list[dict[str, Any]]:
+    with Target(path, observer, records=locks == "fcntl") as target:
         held, waiting = target.holdings()
         if not held:
             return []
@@ -110,6 +123,7 @@ def _cluster_file(path: str, status: os.stat_result, observer: Observer) -> list
                 "path": target.path,
                 "device": status.st_dev,
                 "inode": status.st_ino,
+                "locks": locks,
                 "kind": "cluster",
                 "holders": [cluster_list.as_json(holding, target.name) for holding in held],
                 "waiters": [cluster_list.as_json(holding, target.name) for holding in waiting],
@@ -119,7 +133,7 @@ def _cluster_file(path: str, status: os.stat_result, observer: Observer) -> list
 
 def _of_kernel(exclusive: bool, pid: int) -> dict[str, Any]:
     return {
-        "mode": "exclusive" if exclusive else "shared",
+        "mode": _mode(exclusive),
         "pid": pid,
         "command": holders.command_of(pid),
         "since": None,
@@ -132,7 +146,7 @@ def _lines(file: dict[str, Any]) -> str:
     if file["kind"] == "cluster":
         return _cluster_lines(file)
     note = "" if file["kind"] == "emulated" else "  (locked by the kernel, which does not tell since when)"
-    lines = [f"{holders.printable(file['path'])}{note}"]
+    lines = [f"{_path(file)}{note}"]
     for holder in file["holders"]:
         lines.append("  held by   " + _program(holder))
         if holder["taker_ended"] and holder["taken_by"] != holder["pid"]:
@@ -146,11 +160,22 @@ def _program(program: dict[str, Any]) -> str:
     since = f"since {holders.clock(program['since'])}" if program["since"] else ""
     here = program["pid_namespace"] == holders.pid_namespace()
     pid = f"pid {program['pid']}" + ("" if here else " of another pid namespace")
-    return f"{program['mode']:9}  {pid:11}  {since:14}  {program['command']}"
+    return f"{program['mode']:9}  {pid:11}  {since:14}  {program['command']}{_ranges(program)}"
+
+
+def _path(file: dict[str, Any]) -> str:
+    return str(holders.printable(file["path"])) + ("  (record locks)" if file["locks"] == "fcntl" else "")
+
+
+def _ranges(program: dict[str, Any]) -> str:
+    ranges = program.get("ranges", [])
+    shown = [f"{one['first']}-{'' if one['last'] is None else one['last']}" for one in ranges[:MOST_RANGES]]
+    more = f" and {len(ranges) - MOST_RANGES} more" if len(ranges) > MOST_RANGES else ""
+    return f"  [bytes {', '.join(shown)}{more}]" if ranges else ""
 
 
 def _cluster_lines(file: dict[str, Any]) -> str:
-    lines = [f"{holders.printable(file['path'])}  (between hosts)"]
+    lines = [f"{_path(file)}  (between hosts)"]
     for holder in file["holders"]:
         lines += [
             f"  held by   {program}  (token {holder['token']}{_vouched(holder)})" for program in _programs(holder)
