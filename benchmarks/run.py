@@ -14,6 +14,7 @@ import cluster_uncontended
 import contended
 import keeper_costs
 import launcher
+import records
 import supervisor
 import uncontended
 from table import Table, duration, median, spread
@@ -88,6 +89,7 @@ SECTIONS: dict[str, Callable[[World, float], Iterable[Table]]] = {
     "memory": _memory,
     "launcher": _launcher,
     "supervisor": supervisor.tables,
+    "records": records.tables,
     "cluster": _cluster,
 }
 

@@ -230,6 +230,10 @@ class RecordFile:
         """Return whether any request has not been answered."""
         return bool(self.lock.queue or self.undecided)
 
+    def is_quiet(self) -> bool:
+        """Return whether nobody cares who else has locks."""
+        return not (self.lock.queue or self.undecided or self.subscribers or self.knock)
+
     def unsubscribe(self) -> None:
         """Hear no more of other keepers' changes."""
         if self.knock:

@@ -156,6 +156,7 @@ class RecordService:
         if owner is None:
             owner = Owner(file.key, Description(descriptor, file.key, connection.pid, number), is_process)
             file.owners.add(owner)
+            file.idle_since = 0.0
             return owner, owner.places[0]
         if is_process:
             place = owner.place_of(descriptor, number)
@@ -185,8 +186,12 @@ class RecordService:
             file.unlocking.append(connection)
             self.settle(file)
             self.answer_unlocked(file)
+            return
+        connection.answer(0)
+        if file.is_quiet():
+            file.is_changed = False
+            file.idle_since = time.monotonic()
         else:
-            connection.answer(0)
             self.settle(file)
 
     def answer_unlocked(self, file: RecordFile) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 LISTENER = 3
 BACKLOG = 4096
 IN_ATTRIB = 0x4
+SURELY_LATER = 100_000_000
 MARKER_SECONDS = 24 * 60 * 60
 
 
@@ -41,6 +42,9 @@ class Rendezvous:
         self.socket_path = self._socket_of(key)
         # Becomes readable when the socket is unlinked, inotify(7); negative where that cannot be had.
         self.inotify = lib.native_inotify_init()
+        self._keys: set[str] = set()
+        # The time of the directory that they are of.
+        self._keys_at = -1
         self._note_socket()
 
     def _note_socket(self) -> None:
@@ -127,8 +131,16 @@ class Rendezvous:
             os.close(start)
 
     def _other_keys(self) -> set[str]:
-        names = os.listdir(self.directory)
-        return {n[2:-5] for n in names if n.startswith("k-") and n.endswith(".sock")} - {self.key}
+        """Sought anew where the directory may have changed: its time is as coarse as the kernel's clock."""
+        try:
+            changed = os.stat(self.directory).st_mtime_ns
+            names = os.listdir(self.directory) if changed != self._keys_at else None
+        except FileNotFoundError:
+            return set()
+        if names is not None:
+            self._keys = {n[2:-5] for n in names if n.startswith("k-") and n.endswith(".sock")} - {self.key}
+            self._keys_at = changed if time.time_ns() - changed > SURELY_LATER else -1
+        return self._keys
 
     def keeper_of(self, descriptor: int) -> str | None:
         """Return the key of the other keeper that has this description, or None.

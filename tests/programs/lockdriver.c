@@ -1,7 +1,8 @@
 /*
  * A process that does what it is told, one command a packet, so that a test can place every system
  * call of a history. Commands come in on a SOCK_SEQPACKET socket ("TOKEN NAME ARG…", at most one
- * descriptor attached) and each is answered with "TOKEN VALUE ERRNO".
+ * descriptor attached) and each is answered with "TOKEN VALUE ERRNO", and a word more where the
+ * call has changed what its argument points to.
  *
  * errno is set to ERRNO_BEFORE ahead of every command, so the answer shows whether it was touched.
  */
@@ -25,14 +26,17 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "recordcalls.h"
+
 extern char **environ;
 
 enum {
     ERRNO_BEFORE = 1234,
     CONTROL_MIN = 100, /* out of the way of the descriptors that a test counts on */
-    ARGS_MAX = 6,
+    ARGS_MAX = 10,
     PACKET_MAX = 8192,
     MAP_SIZE = 4096,
+    RESULT_MAX = 128,
 };
 
 #define ANSWERED LONG_MIN
@@ -43,22 +47,33 @@ struct request {
     const char *token;
     const char *name;
     const char *arg[ARGS_MAX];
+    char result[RESULT_MAX]; /* a further word of the answer */
 };
 
 static volatile sig_atomic_t signals_seen[65];
 
-static void answer(int control, const char *token, long value, int err) {
-    char text[128];
-    int length = snprintf(text, sizeof text, "%s %ld %d", token, value, err);
+static void answer_more(int control, const char *token, long value, int err, const char *more) {
+    char text[2 * RESULT_MAX];
+    int length = snprintf(text, sizeof text, "%s %ld %d %s", token, value, err, more);
     if (send(control, text, (size_t)length, MSG_NOSIGNAL) < 0)
         _exit(99);
+}
+
+static void answer(int control, const char *token, long value, int err) {
+    answer_more(control, token, value, err, "");
 }
 
 static long number(const struct request *rq, int index) {
     return rq->arg[index] ? strtol(rq->arg[index], NULL, 0) : 0;
 }
 
+/* The same of a number that may not fit into a long. */
+static long long wide(const struct request *rq, int index) {
+    return rq->arg[index] ? strtoll(rq->arg[index], NULL, 0) : 0;
+}
+
 static void *command_loop(void *control);
+static void obey(struct request *rq);
 
 static pthread_t start_thread(void *(*body)(void *), void *argument) {
     pthread_t thread;
@@ -153,7 +168,15 @@ static long do_munmap(struct request *rq) {
     return munmap((void *)number(rq, 0), MAP_SIZE);
 }
 
-/* --- the lock call --- */
+static long do_lseek(struct request *rq) {
+    return (long)lseek((int)number(rq, 0), wide(rq, 1), (int)number(rq, 2));
+}
+
+static long do_ftruncate(struct request *rq) {
+    return ftruncate((int)number(rq, 0), wide(rq, 1));
+}
+
+/* --- flock --- */
 
 static long do_flock(struct request *rq) {
     return flock((int)number(rq, 0), (int)number(rq, 1));
@@ -189,33 +212,92 @@ static long do_vforkflock(struct request *rq) {
     return value;
 }
 
-struct later {
-    int control, fd, operation;
-    char token[24];
+/* --- record locks, and what else fcntl does --- */
+
+/* HOW COMMAND FD TYPE WHENCE START LEN PID; answers with the last five as they are afterwards. */
+static long do_record(struct request *rq) {
+    struct flock lock = {.l_type = (short)number(rq, 3),
+                         .l_whence = (short)number(rq, 4),
+                         .l_start = wide(rq, 5),
+                         .l_len = wide(rq, 6),
+                         .l_pid = (pid_t)number(rq, 7)};
+    long value = record_call(rq->arg[0], (int)number(rq, 2), (int)number(rq, 1), &lock);
+    snprintf(rq->result, sizeof rq->result, "%d,%d,%lld,%lld,%d", lock.l_type, lock.l_whence,
+             (long long)lock.l_start, (long long)lock.l_len, lock.l_pid);
+    return value;
+}
+
+static long do_lockf(struct request *rq) {
+    return lockf((int)number(rq, 0), (int)number(rq, 1), wide(rq, 2));
+}
+
+static long fcntl_by(const char *how, int fd, int command, void *argument) {
+#ifdef __GLIBC__
+    if (strcmp(how, "fcntl64") == 0)
+        return fcntl64(fd, command, argument);
+#endif
+    if (strcmp(how, "fcntl") != 0)
+        _exit(94);
+    return fcntl(fd, command, argument);
+}
+
+static long do_fcntl(struct request *rq) {
+    return fcntl_by(rq->arg[0], (int)number(rq, 1), (int)number(rq, 2), (void *)number(rq, 3));
+}
+
+/* The argument points to the bytes that are given in hexadecimal. */
+static long do_fcntlbytes(struct request *rq) {
+    unsigned char bytes[RESULT_MAX / 2] = {0};
+    size_t count = 0;
+    for (const char *hex = rq->arg[3]; count < sizeof bytes - 1 && hex[0] && hex[1]; hex += 2) {
+        char pair[] = {hex[0], hex[1], '\0'};
+        bytes[count++] = (unsigned char)strtol(pair, NULL, 16);
+    }
+    long value = fcntl_by(rq->arg[0], (int)number(rq, 1), (int)number(rq, 2), bytes);
+    for (size_t i = 0; i < count; i++)
+        snprintf(rq->result + 2 * i, 3, "%02x", bytes[i]);
+    return value;
+}
+
+/* --- any command in a thread of its own --- */
+
+struct job {
+    struct request request;
+    char text[];
 };
 
-static void *flock_thread(void *argument) {
-    struct later *job = argument;
-    answer(job->control, job->token, gettid(), ERRNO_BEFORE);
-    errno = ERRNO_BEFORE;
-    long value = flock(job->fd, job->operation);
-    int err = errno;
-    answer(job->control, job->token, value, err);
+static pthread_t last_job;
+
+static void *job_thread(void *argument) {
+    struct job *job = argument;
+    answer(job->request.control, job->request.token, gettid(), ERRNO_BEFORE);
+    obey(&job->request);
     free(job);
     return NULL;
 }
 
-/* Answered twice: first with the thread's id, then with the result of the call. */
-static long do_flocklater(struct request *rq) {
-    struct later *job = calloc(1, sizeof *job);
+/* Answered twice: first with the thread's id, then as the command is that follows. */
+static long do_later(struct request *rq) {
+    struct job *job = calloc(1, sizeof *job + PACKET_MAX);
     if (!job)
         _exit(96);
-    job->control = rq->control;
-    job->fd = (int)number(rq, 0);
-    job->operation = (int)number(rq, 1);
-    snprintf(job->token, sizeof job->token, "%s", rq->token);
-    start_thread(flock_thread, job);
+    char *end = job->text;
+    job->request = (struct request){.control = rq->control, .passed = -1};
+    job->request.token = strcpy(end, rq->token);
+    end += strlen(end) + 1;
+    job->request.name = strcpy(end, rq->arg[0]);
+    for (int i = 1; i < ARGS_MAX && rq->arg[i]; i++) {
+        end += strlen(end) + 1;
+        job->request.arg[i - 1] = strcpy(end, rq->arg[i]);
+    }
+    last_job = start_thread(job_thread, job);
     return ANSWERED;
+}
+
+/* Cancels the thread of the last such command. */
+static long do_cancel(struct request *rq) {
+    (void)rq;
+    return pthread_cancel(last_job);
 }
 
 /* --- processes and threads; the new one obeys the descriptor that came with the command --- */
@@ -348,15 +430,17 @@ static const struct {
     const char *name;
     long (*run)(struct request *);
 } commands[] = {
-    COMMAND(open),       COMMAND(close),     COMMAND(prctl),     COMMAND(closerange),
-    COMMAND(fclose),     COMMAND(dup),       COMMAND(dup2),      COMMAND(pipe),
-    COMMAND(adopt),      COMMAND(sendfd),    COMMAND(recvfd),    COMMAND(mmap),
-    COMMAND(munmap),     COMMAND(flock),     COMMAND(probe),     COMMAND(vforkflock),
-    COMMAND(flocklater), COMMAND(fork),      COMMAND(spawn),     COMMAND(exec),
-    COMMAND(thread),     COMMAND(endthread), COMMAND(mainexit),  COMMAND(unsharefiles),
-    COMMAND(run),        COMMAND(wait),      COMMAND(exit),      COMMAND(sigaction),
-    COMMAND(sigignore),  COMMAND(sigcount),  COMMAND(sigthread), COMMAND(chdir),
-    COMMAND(clearenv),   COMMAND(maxfiles),
+    COMMAND(open),      COMMAND(close),     COMMAND(prctl),        COMMAND(closerange),
+    COMMAND(fclose),    COMMAND(dup),       COMMAND(dup2),         COMMAND(pipe),
+    COMMAND(adopt),     COMMAND(sendfd),    COMMAND(recvfd),       COMMAND(mmap),
+    COMMAND(munmap),    COMMAND(flock),     COMMAND(probe),        COMMAND(vforkflock),
+    COMMAND(fork),      COMMAND(spawn),     COMMAND(exec),         COMMAND(thread),
+    COMMAND(endthread), COMMAND(mainexit),  COMMAND(unsharefiles), COMMAND(run),
+    COMMAND(wait),      COMMAND(exit),      COMMAND(sigaction),    COMMAND(sigignore),
+    COMMAND(sigcount),  COMMAND(sigthread), COMMAND(chdir),        COMMAND(clearenv),
+    COMMAND(maxfiles),  COMMAND(lseek),     COMMAND(ftruncate),    COMMAND(record),
+    COMMAND(lockf),     COMMAND(fcntl),     COMMAND(fcntlbytes),   COMMAND(later),
+    COMMAND(cancel),
 };
 
 static void obey(struct request *rq) {
@@ -366,7 +450,7 @@ static void obey(struct request *rq) {
         errno = ERRNO_BEFORE;
         long value = commands[i].run(rq);
         if (value != ANSWERED)
-            answer(rq->control, rq->token, value, errno);
+            answer_more(rq->control, rq->token, value, errno, rq->result);
         return;
     }
     answer(rq->control, rq->token, -1, ENOTSUP);

@@ -62,6 +62,10 @@ class Call:
         assert value == -1, f"neither 0 nor -1: {value}"
         return err
 
+    def more(self) -> str:
+        """What was answered besides, to a call that has returned."""
+        return self.driver.more[self.token]
+
 
 class Driver:
     """One loop of commands: a process, or one of its threads."""
@@ -73,6 +77,7 @@ class Driver:
         self.control = control
         self.fleet = fleet
         self.answers: dict[str, list[tuple[int, int]]] = {}
+        self.more: dict[str, str] = {}
         self.tokens = itertools.count(1)
         fleet.drivers.append(self)
 
@@ -97,8 +102,9 @@ class Driver:
         packet = self.control.recv(PACKET_MAX)
         if not packet:
             raise Died(f"{self} ended: {self.fleet.errors()!r}")
-        token, value, err = packet.split()
-        self.answers[token.decode()].append((int(value), int(err)))
+        token, value, err, *more = packet.decode().split()
+        self.answers[token].append((int(value), int(err)))
+        self.more[token] = more[0] if more else ""
         return True
 
     def ask(self, name: str, *args: object, passed: int | None = None) -> int:
@@ -120,7 +126,11 @@ class Driver:
 
     def flock_later(self, fd: int, operation: int) -> Call:
         """The same in a thread of its own, so that the driver goes on taking commands."""
-        call = self.start("flocklater", fd, operation)
+        return self.later("flock", fd, operation)
+
+    def later(self, name: str, *args: object) -> Call:
+        """Any command in a thread of its own."""
+        call = self.start("later", name, *args)
         tid = call.value()[0]
         call.tid = host_thread(self.pid, tid) if self.elsewhere else tid
         return call
