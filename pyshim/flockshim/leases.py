@@ -34,6 +34,7 @@ HAND_OVERS = 16
 # How often a file is looked for that is not where its path said.
 MOST_TRIES = 3
 LONGEST_POLL = 1.0
+SOON_SECONDS = 0.005
 # By then the note of a holder that has just begun must be there.
 LEARN_SECONDS = 3.0
 MOST_IDLE = 256
@@ -175,21 +176,23 @@ class Leases:
         self._advance(lease, blocking)
         return False
 
-    def permit_records(self, key: Key, exclusive: bool, blocking: bool, held: bool, holds: bool) -> bool:
+    def permit_records(self, key: Key, exclusive: bool, blocking: bool, held: bool, passes: bool) -> bool:
         """Return whether a record lock of this mode may be held now; if not, the lease is asked for, or for more of it.
 
-        `held`: there are record locks on the file already, which are not given up for that; `holds`: the asking owner
-        has one.
+        `held`: there are record locks on the file already, which are not given up for that; `passes`: although somebody
+        waits on another host.
         """
         if key not in self._files:
             self.need(key, self._told.place(key)[1])
         lease = self._files[key]
         if lease.busy:
             return False
+        if lease.mode is not None and lease.named is False:
+            lease.mode |= exclusive
         suffices = lease.mode is not None and (lease.mode or not exclusive)
         if suffices and lease.named and not lease.lease.still_mine(clock()):
             self._confirm(lease, lease.lease.confirm)
-        elif suffices and (holds or not lease.closing):
+        elif suffices and (passes or not lease.closing):
             lease.hand_overs += 1
             return True
         elif held and lease.mode is not None:
@@ -228,7 +231,7 @@ class Leases:
         """Return whether others hold, so that record locks of this mode cannot be had."""
         lease = self._files.get(key)
         return lease is not None and (
-            (lease.unconverted and exclusive) or (lease.contended and lease.mode is None and not lease.busy)
+            (lease.unconverted and exclusive) or (lease.contended and lease.mode is None and not lease.giving)
         )
 
     def ask_again(self, key: Key) -> None:
@@ -240,7 +243,7 @@ class Leases:
     def relax(self, key: Key) -> None:
         """All that is left are shared record locks."""
         lease = self._files.get(key)
-        if lease and lease.mode and not lease.busy:
+        if lease and lease.mode and lease.named and not lease.busy:
             self._convert(lease, False)
 
     def is_pending(self, key: Key) -> bool:
@@ -359,9 +362,20 @@ class Leases:
         elif lease.wanted is not None:
             self._acquire(lease, lease.wanted, blocking)
 
+    def namesakes(self, key: Key) -> list[Key]:
+        """Return the other files in use whose record is the same: those that had the name before."""
+        return [one.key for one in self._namesakes(self._files[key])]
+
+    def _namesakes(self, lease: FileLease) -> list[FileLease]:
+        others = [one for one in lease.directory.leases if one.target == lease.target and one is not lease]
+        return [one for one in others if one.key in self._files]
+
     def _acquire(self, lease: FileLease, exclusive: bool, blocking: bool) -> None:
         lease.busy = True
         lease.contended = False
+        if any(one.giving for one in self._namesakes(lease)):
+            self.runner.at(time.monotonic() + SOON_SECONDS, lambda: self._try_again(lease))
+            return
         lease.holder = None
         lease.asked = lease.since = clock()
 
@@ -389,6 +403,10 @@ class Leases:
         run = self.runner.run(lease.directory, self._asking(lease, exclusive, blocking), ended, waiting, True)
         if lease.busy:
             lease.run = run
+
+    def _try_again(self, lease: FileLease) -> None:
+        lease.busy = False
+        self._told.changed(lease.key)
 
     def _release(self, lease: FileLease, cause: OSError | None = None) -> None:
         lease.busy = lease.giving = True

@@ -68,12 +68,21 @@ class Leasing(Told):
         try:
             self._leases({}).need(file.key, _path(description))
             file.leased = True
+            self._check_namesakes(file.key)
             return True
         except OSError as error:
             service.forget_if_unused(file, description)
             service.settle(file)
             connection.refuse(cannot_lease(error))
             return False
+
+    def _check_namesakes(self, key: Key) -> None:
+        """A file that was locked, closed and removed may stand in the way of a new one of its name."""
+        leases = self._service.files.leases
+        for other in leases.namesakes(key) if leases else ():
+            file, service = self._find(other)
+            if file is not None:
+                service.check_file(file)
 
     def adopt(self, file: File | RecordFile, predecessors: dict[str, int]) -> None:
         """Take over the lease of a file that is locked; `predecessors` as of `Leases`."""

@@ -22,9 +22,12 @@ from flockshim.undecided import UNDECIDED_SECONDS, Undecided, cannot_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from flockshim.journal import Journal
     from flockshim.loop import Loop
     from flockshim.programs import Connection, Programs
+    from flockshim.recordfile import RecordFile
     from flockshim.rendezvous import Rendezvous
 
 LOCK_EX, LOCK_NB, LOCK_UN = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN
@@ -67,11 +70,7 @@ class LockService:
                 recorded.add(file.key)
         # All of a file's holders together are what its lease is in doubt for.
         for key in recorded:
-            try:
-                self.leasing.adopt(self.files[key], predecessors)
-            except OSError as error:
-                print(f"a lock cannot be kept: {error.strerror}: {error.filename}", flush=True)
-                self.leasing.lost(key)
+            self.adopt_lease(self.files[key], predecessors)
         needed = self.files.needed()
         for key, descriptor in proxies.items():
             self._host.adopt(key, descriptor, needed.get(key))
@@ -80,6 +79,14 @@ class LockService:
                 os.close(descriptor)
         # What is held must be locked, whatever has become of its proxy.
         self._host.restore(needed)
+
+    def adopt_lease(self, file: File | RecordFile, predecessors: dict[str, int]) -> None:
+        """Take over the lease behind the locks of a file; without it they are lost."""
+        try:
+            self.leasing.adopt(file, predecessors)
+        except OSError as error:
+            print(f"a lock cannot be kept: {error.strerror}: {error.filename}", flush=True)
+            self.leasing.lost(file.key)
 
     def restore_proxies(self) -> list[Key]:
         """Make the proxies again in a new directory. Returns the files that somebody else has locked meanwhile."""
@@ -255,8 +262,9 @@ class LockService:
             self.processes.discard(description.pid, description)
             file.descriptions.remove(description)
 
-    def _check_holders(self, holders: list[Description]) -> list[File]:
+    def _check_holders(self, suspects: Iterable[Description]) -> list[File]:
         """Release the locks whose description is no longer open anywhere. Returns the files that they were on."""
+        holders = list(suspects)
         places = [description.pid for description in holders]
         released = []
         for description in closed(holders):
@@ -344,6 +352,11 @@ class LockService:
         self.patience.look(now)
         if self.files.leases:
             self.files.leases.runner.look(now)
+
+    def check_file(self, file: File) -> None:
+        """Release the locks of those who do not hold this file any more."""
+        self._check_holders(file.lock.holders)
+        self.settle(file)
 
     def check_all(self) -> None:
         """Release the locks of those who do not hold any more."""

@@ -107,14 +107,6 @@ class Owner:
         """Return whether the process has closed a descriptor by which it has locked, or has ended."""
         return any(place.was_closed() for place in self.places)
 
-    def keep_open_places(self) -> None:
-        """Forget the descriptors that were closed, though not the last."""
-        kept = [one for one in self.places if one.is_where_it_was()] or self.places[-1:]
-        for place in self.places:
-            if place not in kept:
-                closing.close(place.descriptor)
-        self.places = kept
-
     def close_places(self) -> None:
         """Close the duplicates."""
         for place in self.places:
@@ -275,10 +267,21 @@ class RecordFile:
 
     def note(self, owner: Owner) -> None:
         """Record for a successor of this keeper's working process what the proxy's descriptor means."""
+        if owner.proxy < 0:
+            return
         kept = owner.places[-1]
         self._journal.note_records(
             owner.proxy, owner.is_process, kept.descriptor, self.key, kept.pid, kept.number, owner.since, self.leased
         )
+
+    def keep_open_places(self, owner: Owner) -> None:
+        """Forget an owner's descriptors that were closed, though not the last."""
+        before = owner.places
+        owner.places = [one for one in before if not one.was_closed()] or before[-1:]
+        self.note(owner)
+        for place in before:
+            if place not in owner.places:
+                closing.close(place.descriptor)
 
     def found_elsewhere(self, owner: Owner, wanted: Range) -> Range | None:
         """Return a lock of another keeper's that is in the way. Raises OSError."""

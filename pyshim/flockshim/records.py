@@ -69,9 +69,10 @@ class RecordService:
         if not file.leased:
             return True
         waits = file.waits or bool(file.lock.queue)
-        holders = file.lock.ranges
+        # Those are let pass who hold already, or will not wait.
+        passes = file.asking in file.lock.ranges or (bool(file.lock.ranges) and not file.waits)
         return leases is not None and leases.permit_records(
-            file.key, wanted.exclusive, waits, bool(holders), file.asking in holders
+            file.key, wanted.exclusive, waits, bool(file.lock.ranges), passes
         )
 
     def adopt(self, proxies: list[int], predecessors: dict[str, int]) -> None:
@@ -91,7 +92,7 @@ class RecordService:
             self.forget_if_unused(file, owner)
         for file in self.files.values():
             if file.leased and file.lock.ranges:
-                self._flock.leasing.adopt(file, predecessors)
+                self._flock.adopt_lease(file, predecessors)
 
     def restore_proxies(self) -> list[Key]:
         """Make the proxies again in a new directory. Returns the files that somebody else has locked meanwhile."""
@@ -162,6 +163,7 @@ class RecordService:
             place = owner.place_of(descriptor, number)
             if len(owner.places) > 1:
                 self.check_places(file, owner)
+            file.note(owner)
             return owner, place
         closing.close(descriptor)
         place = owner.places[0]
@@ -169,13 +171,14 @@ class RecordService:
             self.processes.discard(owner.pid, owner)
         owner.pid = place.pid = connection.pid
         place.number = number
+        file.note(owner)
         return owner, place
 
     def check_places(self, file: RecordFile, owner: Owner) -> None:
         """Take away what a process has lost by closing a descriptor."""
         if owner.is_process and owner.has_closed():
             file.drop(owner)
-            owner.keep_open_places()
+            file.keep_open_places(owner)
 
     def _unlock(self, connection: Connection, file: RecordFile, owner: Owner, wanted: Range) -> None:
         if owner in file.lock.ranges:
@@ -280,10 +283,10 @@ class RecordService:
         unsure = self.grants.unsure()
         return any(holder not in unsure for holder, _ in file.lock.conflicts(owner, wanted))
 
-    def is_refused_by_hosts(self, file: RecordFile, wanted: Range) -> bool:
-        """Return whether another host's lease forbids this."""
+    def is_refused_by_hosts(self, file: RecordFile, exclusive: bool) -> bool:
+        """Return whether another host's lease forbids a lock of this mode."""
         leases = self.leases
-        return file.leased and leases is not None and leases.forbids_record(file.key, wanted.exclusive)
+        return file.leased and leases is not None and leases.forbids_record(file.key, exclusive)
 
     def refuse(self, connection: Connection, error: OSError) -> None:
         """The proxy cannot be had."""
@@ -322,7 +325,7 @@ class RecordService:
         for owner in without_owner(owners):
             file = self.files[owner.key]
             file.drop(owner)
-            owner.keep_open_places()
+            file.keep_open_places(owner)
             self.forget_if_unused(file, owner)
             released.append(file)
         for owner, pid in zip(owners, places):
@@ -330,6 +333,11 @@ class RecordService:
                 self.processes.discard(pid, owner)
                 self.processes.add(owner.pid, owner)
         return released
+
+    def check_file(self, file: RecordFile) -> None:
+        """Release the locks of those who do not hold this file any more."""
+        self.check(file.lock.ranges)
+        self.settle(file)
 
     def release(self, file: RecordFile, owner: Owner) -> None:
         """Take all away from an owner, and forget it."""

@@ -75,7 +75,7 @@ class RecordUndecided:
         """Refuse those that another host's lease forbids, and see about the others."""
         undecided, file.undecided = file.undecided, []
         for request in undecided:
-            if not self._service.is_refused_by_hosts(file, request.wanted):
+            if not self._service.is_refused_by_hosts(file, request.wanted.exclusive and not request.is_test):
                 file.undecided.append(request)
             elif request.is_test:
                 self._found(file, request, ON_ANOTHER_HOST, NO_PID)
@@ -101,7 +101,7 @@ class RecordUndecided:
         if service.is_refused(file, owner, wanted):
             self._refuse(file, request)
             return True
-        if service.is_refused_by_hosts(file, wanted) or (
+        if service.is_refused_by_hosts(file, wanted.exclusive) or (
             file.is_refused_elsewhere and self._have_answered(file, request)
         ):
             self._refuse(file, request)
@@ -109,14 +109,18 @@ class RecordUndecided:
         return False
 
     def _test(self, file: RecordFile, request: _Request) -> bool:
+        """A shared lease tells that nobody elsewhere has anything exclusive, which is what SQLite asks.
+
+        Of readers on other hosts we say nothing: else it took the journal of a writer that has died for a living one's.
+        """
         service, owner, wanted = self._service, request.owner, request.wanted
         file.waits, file.asking = False, owner
         found = next(file.lock.conflicts(owner, wanted), None)
         if found:
             self._found(file, request, found[1], found[0].shown_pid)
             return True
-        if not service.permit_lease(file, wanted):
-            if service.is_refused_by_hosts(file, wanted):
+        if not service.permit_lease(file, wanted._replace(exclusive=False)):
+            if service.is_refused_by_hosts(file, False):
                 self._found(file, request, ON_ANOTHER_HOST, NO_PID)
                 return True
             return False
