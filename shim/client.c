@@ -297,6 +297,7 @@ static enum outcome find_keeper(struct call *call, int redirected) {
     const char *failure;
 
     if (redirected) {
+        call->request.flags &= ~FLAG_REDIRECTED;
         rendezvous_find(call->config, &call->rendezvous);
         return LOST;
     }
@@ -317,6 +318,7 @@ static enum outcome ask_until_answered(struct call *call) {
             redirected = 0;
         } else if (outcome == REDIRECTED) {
             redirected = rendezvous_set_key(&call->rendezvous, call->answer.text) == 0;
+            call->request.flags |= FLAG_REDIRECTED;
         }
         if (outcome == ANSWERED || outcome == REFUSED)
             return outcome;

@@ -13,7 +13,8 @@
 #define FLAG_TELL 1u
 #define FLAG_CLUSTER 2u
 #define FLAG_ONLY_WARN 4u
-#define FLAG_STAY 8u /* of a knock: tell also when that lock may be gone */
+#define FLAG_REDIRECTED 16u /* another keeper has sent the program here */
+#define FLAG_STAY 8u        /* of a knock: tell also when that lock may be gone */
 
 enum protocol_kind {
     KIND_LOCK = 1, /* with the descriptor attached */

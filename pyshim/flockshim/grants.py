@@ -43,6 +43,7 @@ class Grants:
         """A grant has reached its program."""
         if connection.granted:
             connection.granted.answers += 1
+            self._service.taken(connection)
         self._end(connection)
 
     def heed(self, owner: Owner, wanted: Range) -> None:

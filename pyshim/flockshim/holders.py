@@ -95,6 +95,14 @@ def pid_namespace() -> int:
     return os.stat("/proc/self/ns/pid").st_ino
 
 
+def is_of_our_pid_namespace(pid: int) -> bool:
+    """Return whether a process has our pid namespace, so that it reads pids as we do."""
+    try:
+        return os.stat(f"/proc/{pid}/ns/pid").st_ino == pid_namespace()
+    except OSError:
+        return False
+
+
 def describe(pid: int, since: float | None = None, command: str | None = None) -> str:
     """Return who process `pid` is and since when it holds a lock, or else (the kernel does not tell) runs.
 

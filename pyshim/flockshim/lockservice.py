@@ -135,7 +135,7 @@ class LockService:
                 connection.answer(0)
 
     def _redirected(self, connection: Connection, file: File, description: Description) -> bool:
-        if not self._host.may_be_shared(file.key):
+        if connection.flags & lib.FLAG_REDIRECTED or not self._host.may_be_shared(file.key):
             return False
         key = self._rendezvous.keeper_of(description.descriptor)
         if key is None:
@@ -185,6 +185,9 @@ class LockService:
             self.grants.confirm(description)
             description.answers += 1
             connection.answer(0)
+
+    def taken(self, connection: Connection) -> None:
+        """A grant has reached its program: nothing else follows."""
 
     def undo(self, file: File, connection: Connection, others: list[Connection]) -> None:
         """A grant has not reached its program: take the lock away, unless `others` of the description had it since."""

@@ -16,7 +16,7 @@ import time
 from flockshim import closing
 from flockshim._native import ffi, lib
 from flockshim.descriptions import Description, closed
-from flockshim.recordtable import Range, RecordLock, RecordWaiter
+from flockshim.recordtable import Range, RecordLock, RecordWaiter, clipped, gaps
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -196,9 +196,13 @@ class RecordFile:
     # What is held
 
     def request(self, owner: Owner, wanted: Range, blocking: bool, connection: Connection) -> int:
-        """Ask for a range: see `RecordLock.request`."""
+        """Ask for a range: see `RecordLock.request`. A supervisor's program may not learn of a grant."""
         self._begin(owner)
-        return self.lock.request(owner, wanted, blocking, connection, time.monotonic())
+        firm = not connection.is_supervised
+        self.is_changed |= (
+            firm and not wanted.exclusive and any(held.exclusive for held in self.snapshot(owner, wanted))
+        )
+        return self.lock.request(owner, wanted, blocking, connection, time.monotonic(), firm)
 
     def serve(self, waiter: RecordWaiter) -> bool:
         """Grant a request that waits, if that is possible now, and return whether it was."""
@@ -213,10 +217,14 @@ class RecordFile:
 
     def snapshot(self, owner: Owner, wanted: Range) -> list[Range]:
         """Return what an owner holds of these bytes."""
-        return [
-            Range(max(held.first, wanted.first), min(held.last, wanted.last), held.exclusive)
-            for _, held in self.lock.own(owner, wanted)
-        ]
+        return clipped(self.lock.ranges.get(owner, ()), wanted)
+
+    def restore(self, owner: Owner, window: Range, before: list[Range]) -> None:
+        """Give an owner what it held in the window before, and at no moment less."""
+        for held in clipped(before, window):
+            self.set(owner, *held)
+        for gap in gaps(before, window):
+            self.set(owner, gap.first, gap.last, None)
 
     def queue_or_undecided(self) -> bool:
         """Return whether any request has not been answered."""
@@ -236,10 +244,19 @@ class RecordFile:
         """Return whether nobody needs it."""
         return not (self.owners or self.unlocking or self.subscribers)
 
-    def _permit(self, owner: Owner, wanted: Range) -> bool:
-        """Have the kernel's lock: of other keepers of this host one may be in the way."""
+    def _permit(self, owner: Owner, wanted: Range, parts: list[Range]) -> bool:
+        """Have the kernel's locks: of other keepers of this host one may be in the way."""
         if not self._permit_lease(self, wanted):
             return False
+        for number, part in enumerate(parts):
+            if not self._lock_proxy(owner, part):
+                # What has more than one part was not locked at all there.
+                for had in parts[:number]:
+                    lib.native_lock_record(owner.proxy, UNLOCK, had.first, had.last)
+                return False
+        return True
+
+    def _lock_proxy(self, owner: Owner, wanted: Range) -> bool:
         while True:
             if owner.proxy < 0:
                 self._open(owner)
@@ -258,7 +275,10 @@ class RecordFile:
         self.lock.set(owner, first, last, exclusive)
         self.is_changed = True
         if owner.proxy >= 0:
-            lib.native_lock_record(owner.proxy, operation_of(exclusive), first, last)
+            result = lib.native_lock_record(owner.proxy, operation_of(exclusive), first, last)
+            if result not in (1, -errno.ENOENT):
+                # Out of memory, say: then others see more than is held, which is the safe side.
+                print(f"a proxy cannot be unlocked: {os.strerror(-result)}: {self.path}", flush=True)
 
     def drop(self, owner: Owner) -> None:
         """Take all away from an owner."""
@@ -297,7 +317,7 @@ class RecordFile:
             os.close(descriptor)
         return Range(found.first, found.last, bool(found.exclusive)) if result == 1 else None
 
-    def restore(self) -> bool:
+    def restore_proxies(self) -> bool:
         """Lock a proxy again that was removed. Returns whether all could be locked."""
         self._close_spare()
         for owner in self.lock.ranges:

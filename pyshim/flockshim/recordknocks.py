@@ -42,14 +42,16 @@ class RecordKnocks:
             return
         holder, held = found
         text = holders.describe(holder.pid, holder.since)
+        # One of another pid namespace would take it for another process; the kernel says 0 then.
+        pid = holder.shown_pid if not holder.is_process or holders.is_of_our_pid_namespace(connection.pid) else 0
         if not connection.flags & lib.FLAG_STAY:
-            connection.answer_found(held, holder.shown_pid, text)
+            connection.answer_found(held, pid, text)
             return
         subscribers = file.subscribers
         subscribers.append(connection)
         connection.ends = lambda: subscribers.remove(connection)
         service.programs.hold(connection)
-        connection.tell_found(held, holder.shown_pid, text)
+        connection.tell_found(held, pid, text)
 
     def tell(self, file: RecordFile) -> None:
         """Something was unlocked."""

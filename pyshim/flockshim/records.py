@@ -13,7 +13,7 @@ from flockshim.locktable import GRANTED, WAITING
 from flockshim.neighbours import Neighbours
 from flockshim.recordfile import RECORDS, Owner, RecordFile, held_by, without_owner
 from flockshim.recordknocks import RecordKnocks
-from flockshim.recordtable import Range
+from flockshim.recordtable import Range, clipped, gaps
 from flockshim.recordundecided import RecordUndecided
 from flockshim.recordwaits import RecordWaits
 from flockshim.undecided import cannot_lock
@@ -96,7 +96,7 @@ class RecordService:
 
     def restore_proxies(self) -> list[Key]:
         """Make the proxies again in a new directory. Returns the files that somebody else has locked meanwhile."""
-        return [key for key, file in self.files.items() if not file.restore()]
+        return [key for key, file in self.files.items() if not file.restore_proxies()]
 
     # Requests
 
@@ -106,6 +106,12 @@ class RecordService:
         """Answer a program's fcntl(2), now or later. `descriptor` is ours; `number` the program's."""
         file = self._file(device, inode)
         is_process = connection.family == lib.FAMILY_PROCESS
+        if is_process and connection.pid <= 0:
+            closing.close(descriptor)
+            connection.refuse(
+                "the program is in a pid namespace that the keeper does not see; start it by flockshim there"
+            )
+            return
         owner = file.find(descriptor, is_process, connection.pid)
         if owner is None and file.is_shared() and self._redirected(connection, file, descriptor, is_process):
             return
@@ -134,10 +140,9 @@ class RecordService:
 
     def _redirected(self, connection: Connection, file: RecordFile, descriptor: int, is_process: bool) -> bool:
         """A process that was moved to another control group has its locks with another keeper."""
-        if is_process:
-            key = self._rendezvous.keeper_of_records(file.path, connection.pid)
-        else:
-            key = self._rendezvous.keeper_of(descriptor)
+        if connection.flags & lib.FLAG_REDIRECTED:
+            return False
+        key = self._rendezvous.keeper_of_records(file.path, connection.pid if is_process else 0, descriptor)
         if key is None:
             return False
         closing.close(descriptor)
@@ -235,6 +240,8 @@ class RecordService:
         outcome = file.request(owner, wanted, file.waits, connection)
         if outcome == GRANTED:
             self.granted(file, connection, owner, wanted, before)
+            if file.is_changed:
+                self.settle(file)
         elif outcome == WAITING and place:
             self.waits.begin(file, connection, place)
         else:
@@ -261,21 +268,36 @@ class RecordService:
         connection.undo = wanted, before
         self.grants.add(connection, owner, before != [wanted])
 
+    def taken(self, connection: Connection) -> None:
+        """A grant has reached its program, so that what it weakens may be weakened."""
+        owner, (wanted, before) = connection.granted, connection.undo
+        file = self.files.get(owner.key)
+        if file and connection.changed and not wanted.exclusive and any(held.exclusive for held in before):
+            file.set(owner, *wanted)
+            self.settle(file)
+        self.grants.heed(owner, wanted)
+
     def undo(self, file: RecordFile, connection: Connection, others: list[Connection]) -> None:
-        """A grant has not reached its program: give the owner what it held there before."""
+        """A grant has not reached its program: give the owner what it held there before.
+
+        But not where another grant is under way, which then is what has to be undone.
+        """
         owner, (wanted, before) = connection.granted, connection.undo
         if not connection.changed or owner not in file.owners:
             return
+        windows = [wanted]
         for other in others:
-            if other.undo[0].overlaps(wanted):
-                return
-        self.restore(file, owner, wanted, before)
-
-    def restore(self, file: RecordFile, owner: Owner, wanted: Range, before: list[Range]) -> None:
-        """Give an owner what it held there before."""
-        file.set(owner, wanted.first, wanted.last, None)
-        for held in before:
-            file.set(owner, *held)
+            its, its_before = other.undo
+            if not its.overlaps(wanted):
+                continue
+            windows = [part for window in windows for part in gaps([its], window)]
+            if other.changed or its_before == [its]:
+                inherited = clipped(before, its) + [
+                    part for gap in gaps([wanted], its) for part in clipped(its_before, gap)
+                ]
+                other.undo, other.changed = (its, sorted(inherited)), True
+        for window in windows:
+            file.restore(owner, window, before)
         self.forget_if_unused(file, owner)
 
     def is_refused(self, file: RecordFile, owner: Owner, wanted: Range) -> bool:

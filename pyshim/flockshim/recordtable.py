@@ -13,7 +13,7 @@ from flockshim.locktable import GRANTED, REFUSED, WAITING
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from typing import Any
 
 MAX_STEPS = 11
@@ -57,6 +57,25 @@ class RecordWaiter:
         return self.wanted.exclusive
 
 
+def clipped(ranges: Iterable[Range], window: Range) -> list[Range]:
+    """Return what lies inside the window."""
+    return [
+        Range(max(held.first, window.first), min(held.last, window.last), held.exclusive)
+        for held in ranges
+        if held.overlaps(window)
+    ]
+
+
+def gaps(ranges: Iterable[Range], window: Range) -> list[Range]:
+    """Return the parts of the window, of its kind, that none of these ranges, which are in order, covers."""
+    result, first = [], window.first
+    for held in clipped(ranges, window):
+        if held.first > first:
+            result.append(window._replace(first=first, last=held.first - 1))
+        first = held.last + 1
+    return [*result, window._replace(first=first)] if first <= window.last else result
+
+
 def changed_by(ranges: list[Range], first: int, last: int, exclusive: bool | None) -> list[Range]:
     """Return an owner's ranges, in order, once `first` to `last` are locked, or unlocked where `exclusive` is None."""
     result = []
@@ -79,13 +98,13 @@ def changed_by(ranges: list[Range], first: int, last: int, exclusive: bool | Non
 class RecordLock:
     """The record locks of one file.
 
-    `permit(owner, range)` is asked before anything is granted, and stands for whatever else must agree; once it has
-    returned true, the owner has the lock there.
+    `permit(owner, range, parts)` is asked before anything is granted, and stands for whatever else must agree; once it
+    has returned true, the owner has the lock on those parts of the range.
     """
 
     __slots__ = ("_permit", "queue", "ranges")
 
-    def __init__(self, permit: Callable[[Any, Range], bool]) -> None:
+    def __init__(self, permit: Callable[[Any, Range, list[Range]], bool]) -> None:
         """Begin with nobody holding and nobody waiting."""
         self._permit = permit
         self.ranges: dict[Any, list[Range]] = {}
@@ -109,9 +128,20 @@ class RecordLock:
         """Yield what the owner itself holds of these bytes."""
         return ((owner, held) for held in self.ranges.get(owner, ()) if held.overlaps(wanted))
 
-    def request(self, owner: Any, wanted: Range, blocking: bool, context: Any = None, now: float = 0.0) -> int:
-        """Ask for a range. Returns GRANTED, REFUSED (`blocking` is false) or WAITING. What is held stays held."""
-        if self._try(owner, wanted):
+    def request(
+        self,
+        owner: Any,
+        wanted: Range,
+        blocking: bool,
+        context: Any = None,
+        now: float = 0.0,
+        firm: bool = True,
+    ) -> int:
+        """Ask for a range. Returns GRANTED, REFUSED (`blocking` is false) or WAITING. What is held stays held.
+
+        Unless `firm`, an exclusive lock does not become a shared one by that: the owner may not learn that it has.
+        """
+        if self._try(owner, wanted, firm):
             return GRANTED
         if not blocking:
             return REFUSED
@@ -120,8 +150,8 @@ class RecordLock:
         return WAITING
 
     def serve(self, waiter: RecordWaiter) -> bool:
-        """Grant a request that waits, if that is possible now, and return whether it was."""
-        if not self._try(waiter.owner, waiter.wanted):
+        """Grant a request that waits, if that is possible now, but not firmly, and return whether it was."""
+        if not self._try(waiter.owner, waiter.wanted, False):
             waiter.blocker = self._blocker(waiter.owner, waiter.wanted)
             return False
         self.queue.remove(waiter)
@@ -138,24 +168,25 @@ class RecordLock:
     def _blocker(self, owner: Any, wanted: Range) -> Any:
         return next((holder for holder, _ in self.conflicts(owner, wanted)), None)
 
-    def _try(self, owner: Any, wanted: Range) -> bool:
-        if self._blocker(owner, wanted) is not None or not self._permit(owner, wanted):
+    def _try(self, owner: Any, wanted: Range, firm: bool) -> bool:
+        parts = [wanted] if firm or wanted.exclusive else gaps(self.ranges.get(owner, ()), wanted)
+        if self._blocker(owner, wanted) is not None or not self._permit(owner, wanted, parts):
             return False
-        self.set(owner, *wanted)
+        for part in parts:
+            self.set(owner, *part)
         return True
 
 
-def circle(waiter: RecordWaiter, waiters: list[RecordWaiter]) -> list[RecordWaiter]:
+def circle(waiter: RecordWaiter, waiting: Mapping[Any, list[RecordWaiter]]) -> list[RecordWaiter]:
     """Return those for whom this one waits, in the end itself; or nothing if it does not.
 
-    `waiters` are the others of all files; owners tell by `identity` which of them are the same process. As
+    `waiting` are those of all files, by the `identity` of their owners: which of them are the same process. As
     ``posix_locks_deadlock`` in ``fs/locks.c``, this follows processes' locks only, and gives up after ten steps.
     """
     found: list[RecordWaiter] = []
     blocker = waiter.blocker
     while len(found) < MAX_STEPS:
-        identity = blocker.identity()
-        blocked = (one for one in waiters if one.owner.identity() == identity)
+        blocked = (one for one in waiting.get(blocker.identity(), ()) if one is not waiter)
         nearest = next((one for one in blocked if one.blocker is not None and one.blocker.is_process), None)
         if nearest is None:
             return []

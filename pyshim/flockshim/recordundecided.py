@@ -67,7 +67,8 @@ class RecordUndecided:
             if request.limit > now:
                 file.undecided.append(request)
             elif request.is_test:
-                self._found(file, request, ON_ANOTHER_HOST, NO_PID)
+                here = file.found_elsewhere(request.owner, request.wanted)
+                self._found(file, request, here or ON_ANOTHER_HOST, NO_PID)
             else:
                 self._refuse(file, request)
 

@@ -13,6 +13,8 @@ from flockshim.undecided import UNDECIDED_SECONDS, cannot_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from flockshim.descriptions import Description
     from flockshim.loop import Loop
     from flockshim.programs import Connection
@@ -28,6 +30,7 @@ class RecordWaits:
         """Serve its files."""
         self._service = service
         self.patience = Patience(loop, self._tell_waiting, self._time_out)
+        self._waiting: dict[Any, list[RecordWaiter]] = {}
         # Waiters of circles that may have been broken by a signal: of whose end a supervisor tells a moment later.
         self._suspects: set[RecordWaiter] = set()
 
@@ -36,6 +39,7 @@ class RecordWaits:
         waiter = file.lock.queue[-1]
         waiter.owner.waits += 1
         waiter.place = place
+        self._waiting.setdefault(waiter.owner.identity(), []).append(waiter)
         connection.waiter = waiter
         self._service.programs.hold(connection)
         self._service.processes.add(connection.pid, connection)
@@ -56,6 +60,10 @@ class RecordWaits:
         if not is_served:
             file.lock.queue.remove(waiter)
         waiter.owner.waits -= 1
+        identity = waiter.owner.identity()
+        self._waiting[identity].remove(waiter)
+        if not self._waiting[identity]:
+            del self._waiting[identity]
         connection.waiter = None
         self._suspects.discard(waiter)
         self.patience.forget(connection)
@@ -102,7 +110,8 @@ class RecordWaits:
         if owner.is_process and waiter.place.was_closed():
             # Another thread has closed it meanwhile: fcntl_setlk in fs/locks.c looks for that, too.
             service.programs.forget(connection)
-            service.restore(file, owner, waiter.wanted, before)
+            file.restore(owner, waiter.wanted, before)
+            service.forget_if_unused(file, owner)
             connection.answer(errno.EBADF)
         else:
             service.processes.add(connection.pid, owner)
@@ -124,8 +133,7 @@ class RecordWaits:
     def _circle(self, waiter: RecordWaiter) -> list[RecordWaiter]:
         if not waiter.owner.is_process or waiter.blocker is None:
             return []
-        waiters = [one for file in self._service.files.values() for one in file.lock.queue if one is not waiter]
-        return circle(waiter, waiters)
+        return circle(waiter, self._waiting)
 
     def look_at_suspects(self) -> None:
         """Once a second."""

@@ -11,6 +11,7 @@ import socket
 import stat
 import time
 
+from flockshim import holders
 from flockshim._native import lib
 
 TYPE_CHECKING = False
@@ -150,12 +151,18 @@ class Rendezvous:
         """
         return next((key for pid, key in self._other_keepers() if lib.native_is_open_in(descriptor, pid)), None)
 
-    def keeper_of_records(self, proxy: str, pid: int) -> str | None:
+    def keeper_of_records(self, proxy: str, pid: int, descriptor: int) -> str | None:
         """Return the key of the other keeper that has record locks of process `pid`, or None.
 
-        `proxy` is the path of the file's proxy: keepers show by the offset of its descriptions whose they are.
+        `proxy` is the path of the file's proxy: keepers show by the offset of its descriptions whose they are; 0 are
+        those of descriptions, of which this `descriptor` must be one.
         """
-        return next((key for keeper, key in self._other_keepers() if _has_proxy_of(keeper, proxy, pid)), None)
+        for keeper, key in self._other_keepers():
+            if pid == 0 and not lib.native_is_open_in(descriptor, keeper):
+                continue
+            if holders.is_of_our_pid_namespace(keeper) and _has_proxy_of(keeper, proxy, pid):
+                return key
+        return None
 
     def other_sockets(self) -> list[str]:
         """Return where the other keepers listen."""
