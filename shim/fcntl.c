@@ -46,17 +46,27 @@ static int call_next(enum next which, int descriptor, int command, void *argumen
     return result < 0 ? -1 : (int)result;
 }
 
-/* The program may have given an address that is none: what the kernel can find out without harm. */
-static int copy(struct flock *to, const struct flock *from) {
-    struct iovec ours = {.iov_base = to, .iov_len = sizeof *to};
-    struct iovec its = {.iov_base = (void *)from, .iov_len = sizeof *from};
-    long got = sys6(SYS_process_vm_readv, sys0(SYS_getpid), SYS_ARG(&ours), 1, SYS_ARG(&its), 1, 0);
+/* The program may have given an address that is none, or cannot be written: what the kernel can
+ * find out without harm. */
+static int copy(struct flock *to, const struct flock *from, long call, const struct flock *its) {
+    struct flock *ours = its == to ? (struct flock *)from : to;
+    struct iovec here = {.iov_base = ours, .iov_len = sizeof *ours};
+    struct iovec there = {.iov_base = (void *)its, .iov_len = sizeof *its};
+    long done = sys6(call, sys0(SYS_getpid), SYS_ARG(&here), 1, SYS_ARG(&there), 1, 0);
 
-    if (got == -EFAULT)
+    if (done == -EFAULT)
         return -EFAULT;
-    if (got < 0)
+    if (done < 0)
         *to = *from;
     return 0;
+}
+
+static int copy_in(struct flock *ours, const struct flock *its) {
+    return copy(ours, its, SYS_process_vm_readv, its);
+}
+
+static int copy_out(struct flock *its, const struct flock *ours) {
+    return copy(its, ours, SYS_process_vm_writev, its);
 }
 
 /* The errno that stands in for the kernel's, or 0: ask the kernel. */
@@ -65,7 +75,7 @@ static int without_kernel(const struct config *config, int descriptor, int comma
     struct client_request request;
     struct flock lock;
 
-    if ((!config->force && !config->simulate) || copy(&lock, given) < 0 ||
+    if ((!config->force && !config->simulate) || copy_in(&lock, given) < 0 ||
         record_request(descriptor, command, &lock, &request) < 0)
         return 0;
     return lock_without_kernel(config, descriptor, &request);
@@ -96,17 +106,20 @@ static int can_be_cancelled(int command) {
 
 /* 0 or -errno. */
 __attribute__((noinline)) static int emulate(const struct config *config, int descriptor,
-                                             int command, struct flock *lock, int kernel_error) {
+                                             int command, struct flock *its, int kernel_error) {
     struct client_wait wait = {.timeout = config->timeout, .cancel = -1};
+    struct flock lock = *its;
     struct client_request request;
-    int result = record_request(descriptor, command, lock, &request);
+    int result = record_request(descriptor, command, &lock, &request);
 
     if (can_be_cancelled(command))
         wait.receive = receive_cancellably;
     if (result == 0)
         result = lock_by_mode(config, &wait, descriptor, &request, kernel_error);
-    if (result == 0 && request.operation & LOCK_TEST)
-        record_answer(&wait, lock);
+    if (result == 0 && request.operation & LOCK_TEST) {
+        record_answer(&wait, &lock);
+        result = copy_out(its, &lock);
+    }
     if (wait.timed_out)
         report_timeout(config, descriptor, wait.refusal);
     else if (*wait.refusal)

@@ -27,17 +27,17 @@ static const struct {
 #endif
 };
 
-/* Commands of fcntl(2) for record locks; F_GETLK64 to F_SETLKW64 of 32 bits mean nothing in others.
- */
-static const uint32_t setting[] = {F_SETLK, F_SETLKW, 13, 14, F_OFD_SETLK, F_OFD_SETLKW};
-static const uint32_t testing[] = {F_GETLK, 12, F_OFD_GETLK};
+/* Commands of fcntl(2) for record locks. Only programs of 32 bits have F_GETLK64 to F_SETLKW64, the
+ * last here. */
+static const uint32_t setting[] = {F_SETLK, F_SETLKW, F_OFD_SETLK, F_OFD_SETLKW, 13, 14};
+static const uint32_t testing[] = {F_GETLK, F_OFD_GETLK, 12};
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 #define GROUP_LENGTH 8
 #define FIELD(name) ((uint32_t)offsetof(struct seccomp_data, name))
 
 struct program {
-    struct sock_filter code[128];
+    struct sock_filter code[160];
     unsigned short length;
 };
 
@@ -65,25 +65,32 @@ static void jump_if(struct program *program, uint32_t value, size_t target) {
         0);
 }
 
+/* What is answered to whom. */
+struct parts {
+    struct program flock, fcntl, fcntl_of_32_bits;
+};
+
 /* Goes on in one of the parts with a lock call, and lets others pass. */
-static void select_calls(struct program *program, const struct program *flock_part,
-                         const struct program *fcntl_part) {
+static void select_calls(struct program *program, const struct parts *parts) {
     const size_t of_flock = COUNT(lock_calls) * GROUP_LENGTH + 1;
-    const size_t of_fcntl = of_flock + flock_part->length;
+    const size_t of_fcntl = of_flock + parts->flock.length;
 
     for (size_t i = 0; i < COUNT(lock_calls); i++) {
+        const size_t of_this_fcntl = of_fcntl + (i ? parts->fcntl.length : 0);
+
         load(program, FIELD(arch));
         add(program, BPF_JMP | BPF_JEQ | BPF_K, lock_calls[i].architecture, 0, GROUP_LENGTH - 2);
         load(program, FIELD(nr));
         jump_if(program, lock_calls[i].flock[0], of_flock);
         jump_if(program, lock_calls[i].flock[1], of_flock);
-        jump_if(program, lock_calls[i].fcntl[0], of_fcntl);
-        jump_if(program, lock_calls[i].fcntl[1], of_fcntl);
+        jump_if(program, lock_calls[i].fcntl[0], of_this_fcntl);
+        jump_if(program, lock_calls[i].fcntl[1], of_this_fcntl);
         finish(program, SECCOMP_RET_ALLOW);
     }
     finish(program, SECCOMP_RET_ALLOW);
-    append(program, flock_part);
-    append(program, fcntl_part);
+    append(program, &parts->flock);
+    append(program, &parts->fcntl);
+    append(program, &parts->fcntl_of_32_bits);
 }
 
 static void answer_commands(struct program *program, const uint32_t commands[], size_t count,
@@ -94,11 +101,15 @@ static void answer_commands(struct program *program, const uint32_t commands[], 
     }
 }
 
-static void answer_fcntl(struct program *program, uint32_t to_setting, uint32_t to_testing) {
-    load(program, FIELD(args[1]));
-    answer_commands(program, setting, COUNT(setting), to_setting);
-    answer_commands(program, testing, COUNT(testing), to_testing);
-    finish(program, SECCOMP_RET_ALLOW);
+static void answer_fcntl(struct parts *parts, uint32_t to_setting, uint32_t to_testing) {
+    load(&parts->fcntl, FIELD(args[1]));
+    answer_commands(&parts->fcntl, setting, COUNT(setting) - 2, to_setting);
+    answer_commands(&parts->fcntl, testing, COUNT(testing) - 1, to_testing);
+    finish(&parts->fcntl, SECCOMP_RET_ALLOW);
+    load(&parts->fcntl_of_32_bits, FIELD(args[1]));
+    answer_commands(&parts->fcntl_of_32_bits, setting, COUNT(setting), to_setting);
+    answer_commands(&parts->fcntl_of_32_bits, testing, COUNT(testing), to_testing);
+    finish(&parts->fcntl_of_32_bits, SECCOMP_RET_ALLOW);
 }
 
 /* Calls that the kernel would refuse whatever the file system are left to it. Which descriptors are
@@ -147,11 +158,12 @@ static int install(struct program *program, unsigned int flags) {
 }
 
 int native_report_lock_calls(void) {
-    struct program program = {.length = 0}, of_flock = {.length = 0}, of_fcntl = {.length = 0};
+    struct program program = {.length = 0};
+    struct parts parts = {.flock = {.length = 0}};
 
-    finish(&of_flock, NOTIFY_RETURN);
-    answer_fcntl(&of_fcntl, NOTIFY_RETURN, NOTIFY_RETURN);
-    select_calls(&program, &of_flock, &of_fcntl);
+    finish(&parts.flock, NOTIFY_RETURN);
+    answer_fcntl(&parts, NOTIFY_RETURN, NOTIFY_RETURN);
+    select_calls(&program, &parts);
     return install(&program, NOTIFY_NEW_LISTENER);
 }
 
@@ -159,13 +171,14 @@ int native_report_lock_calls(void) {
  * then the kernel is asked. */
 int native_answer_lock_calls(int error) {
     const uint32_t answer = SECCOMP_RET_ERRNO | (uint32_t)error;
-    struct program program = {.length = 0}, of_flock = {.length = 0}, of_fcntl = {.length = 0};
+    struct program program = {.length = 0};
+    struct parts parts = {.flock = {.length = 0}};
 
-    answer_ping(&of_flock, error ? PING_ERROR_OF_FAILURE : PING_ERROR_OF_SUCCESS);
-    let_bad_calls_pass(&of_flock);
-    finish(&of_flock, answer);
-    answer_fcntl(&of_fcntl, answer, error ? answer : SECCOMP_RET_ALLOW);
-    select_calls(&program, &of_flock, &of_fcntl);
+    answer_ping(&parts.flock, error ? PING_ERROR_OF_FAILURE : PING_ERROR_OF_SUCCESS);
+    let_bad_calls_pass(&parts.flock);
+    finish(&parts.flock, answer);
+    answer_fcntl(&parts, answer, error ? answer : SECCOMP_RET_ALLOW);
+    select_calls(&program, &parts);
     return install(&program, 0);
 }
 

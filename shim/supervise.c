@@ -68,7 +68,11 @@ static void fail_to_open(const struct lock_call *call) {
 
     if (call_is_gone(call))
         return;
-    if (error != EBADF && error != ESRCH && !config->quiet &&
+    if (error == EBADF) {
+        call_leave_to_kernel(call);
+        return;
+    }
+    if (error != ESRCH && !config->quiet &&
         !__atomic_exchange_n(&supervisor.blamed, 1, __ATOMIC_RELAXED)) {
         snprintf(line, sizeof line,
                  "flockshim: cannot look into process %d (%s): its lock calls are not covered\n",

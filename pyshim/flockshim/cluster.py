@@ -91,6 +91,12 @@ class Lease:
         return entry.granted if entry else 0
 
     @property
+    def is_exclusive(self) -> bool:
+        """Whether the lock that is held is exclusive."""
+        entry = self._own(self._state.holders) if self._state else None
+        return entry is not None and entry.exclusive
+
+    @property
     def may_have_entry(self) -> bool:
         """Return whether `release` may have something to do."""
         return bool(self._made)

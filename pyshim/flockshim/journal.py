@@ -12,6 +12,7 @@ import mmap
 import struct
 
 _ENTRY = struct.Struct("=x?xxiiiQQd")
+_PLACE, _PLACE_AT = struct.Struct("=iii"), 4
 _NOTHING, _SHARED, _EXCLUSIVE, _OF_PROCESS, _OF_DESCRIPTION = range(5)
 
 
@@ -59,6 +60,11 @@ class Journal:
         at = descriptor * _ENTRY.size
         _ENTRY.pack_into(self._memory, at, leased, kept, pid, number, *key[:2], since)
         self._memory[at] = _OF_PROCESS if is_process else _OF_DESCRIPTION
+
+    def move_records(self, descriptor: int, kept: int, pid: int, number: int) -> None:
+        """Record that the owner behind a proxy is known by another descriptor now. The entry counts all the time."""
+        at = descriptor * _ENTRY.size + _PLACE_AT
+        self._memory[at : at + _PLACE.size] = _PLACE.pack(kept, pid, number)
 
     def read_records(self, descriptor: int) -> tuple[bool, int, int, int, int, int, float, bool] | None:
         """Return (is_process, kept, device, inode, pid, number, since, leased), or None where it is no such proxy."""

@@ -125,6 +125,9 @@ class Leases:
                 self._release(lease)
                 return
             if held:
+                if lease.suffix:
+                    # What our predecessor had may be more than its programs' locks need.
+                    lease.mode = lease.lease.is_exclusive
                 self._told.trusted(lease.key)
             else:
                 lease.mode = None
@@ -212,15 +215,23 @@ class Leases:
         lease.busy = True
         lease.unconverted = False
         lease.asked = clock()
+        # It may be done though it fails.
+        lease.mode = False
 
         def ended(done: bool | None, error: Exception | None) -> None:
             lease.busy = False
             lease.since = clock()
             if done:
                 lease.mode = exclusive
+            elif exclusive:
+                lease.unconverted = error is None
             else:
-                lease.unconverted = exclusive and error is None
-            if isinstance(error, OSError) and not isinstance(error, WorkerLostError):
+                self.runner.at(time.monotonic() + 1.0, lambda: self._relax_again(lease))
+            if lease.lease.still_mine(clock()):
+                self._told.trusted(lease.key)
+            elif self._told.is_held(lease.key):
+                self._confirm(lease, lease.lease.confirm)
+            if exclusive and isinstance(error, OSError) and not isinstance(error, WorkerLostError):
                 self._told.failed(lease.key, error)
             else:
                 self._told.changed(lease.key)
@@ -233,6 +244,10 @@ class Leases:
         return lease is not None and (
             (lease.unconverted and exclusive) or (lease.contended and lease.mode is None and not lease.giving)
         )
+
+    def _relax_again(self, lease: FileLease) -> None:
+        if self._files.get(lease.key) is lease and lease.mode is False and not lease.busy:
+            self._convert(lease, False)
 
     def ask_again(self, key: Key) -> None:
         """Somebody else asks, who has not been told that others hold."""

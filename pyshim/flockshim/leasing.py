@@ -163,7 +163,9 @@ class Leasing(Told):
 
     def trusted(self, key: Key) -> None:
         """Let them go on."""
-        holding_programs.send(self._stopped.pop(key, ()), signal.SIGCONT)
+        if key not in self._stopped:
+            return
+        holding_programs.send(self._stopped.pop(key), signal.SIGCONT)
         self._entrust()
 
     def lost(self, key: Key) -> None:

@@ -287,18 +287,22 @@ class RecordFile:
 
     def note(self, owner: Owner) -> None:
         """Record for a successor of this keeper's working process what the proxy's descriptor means."""
-        if owner.proxy < 0:
-            return
         kept = owner.places[-1]
         self._journal.note_records(
             owner.proxy, owner.is_process, kept.descriptor, self.key, kept.pid, kept.number, owner.since, self.leased
         )
 
+    def move(self, owner: Owner) -> None:
+        """The same, after its places have changed; before the former ones are closed."""
+        if owner.proxy >= 0:
+            kept = owner.places[-1]
+            self._journal.move_records(owner.proxy, kept.descriptor, kept.pid, kept.number)
+
     def keep_open_places(self, owner: Owner) -> None:
         """Forget an owner's descriptors that were closed, though not the last."""
         before = owner.places
         owner.places = [one for one in before if not one.was_closed()] or before[-1:]
-        self.note(owner)
+        self.move(owner)
         for place in before:
             if place not in owner.places:
                 closing.close(place.descriptor)
@@ -316,6 +320,10 @@ class RecordFile:
         if not is_own:
             os.close(descriptor)
         return Range(found.first, found.last, bool(found.exclusive)) if result == 1 else None
+
+    def is_swept(self) -> bool:
+        """Return whether somebody has removed the proxy of what is held."""
+        return any(os.fstat(owner.proxy).st_nlink == 0 for owner in self.lock.ranges)
 
     def restore_proxies(self) -> bool:
         """Lock a proxy again that was removed. Returns whether all could be locked."""

@@ -167,16 +167,17 @@ class RecordService:
         if is_process:
             place = owner.place_of(descriptor, number)
             if len(owner.places) > 1:
+                file.move(owner)
                 self.check_places(file, owner)
-            file.note(owner)
             return owner, place
         closing.close(descriptor)
         place = owner.places[0]
         if owner.pid != connection.pid:
             self.processes.discard(owner.pid, owner)
-        owner.pid = place.pid = connection.pid
-        place.number = number
-        file.note(owner)
+        if (place.pid, place.number) != (connection.pid, number):
+            owner.pid = place.pid = connection.pid
+            place.number = number
+            file.move(owner)
         return owner, place
 
     def check_places(self, file: RecordFile, owner: Owner) -> None:
@@ -404,6 +405,8 @@ class RecordService:
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptors closed without unlocking."""
         self.check_all()
+        for key in [key for key, file in self.files.items() if file.is_swept() and not file.restore_proxies()]:
+            print(f"a record lock on device {key[0]} inode {key[1]} was taken while its proxy was away", flush=True)
         self.grants.look(now)
         self.waits.look_at_suspects()
         for file in list(self.files.values()):

@@ -117,6 +117,9 @@ class RecordUndecided:
         service, owner, wanted = self._service, request.owner, request.wanted
         file.waits, file.asking = False, owner
         found = next(file.lock.conflicts(owner, wanted), None)
+        if found and not service.is_refused(file, owner, wanted):
+            # A grant is under way, after which the one found may have less.
+            return False
         if found:
             self._found(file, request, found[1], found[0].shown_pid)
             return True
