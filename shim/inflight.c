@@ -16,22 +16,22 @@
 #ifndef SYS_pidfd_getfd
 #define SYS_pidfd_getfd 438
 #endif
-#define KEEPERS_LISTENER 3   /* as start.c hands it over */
 #define MOST_PER_MESSAGE 253 /* SCM_MAX_FD */
 
-/* A keeper's clients have open what they send to it, so nothing hangs on what waits in its
- * listener. */
-static int is_keepers_listener(pid_t pid, int number) {
+/* A keeper's clients have open what they send to it, and it has itself what it sends to its lease
+ * worker: nothing hangs on what waits there. */
+static int is_keepers(pid_t pid) {
     struct mapped_text arguments;
     char name[64];
-    int is_keeper;
+    int is_keepers;
 
     snprintf(name, sizeof name, "/proc/%d/cmdline", pid);
-    if (number != KEEPERS_LISTENER || !mapped_text_read(&arguments, name))
+    if (!mapped_text_read(&arguments, name))
         return 0;
-    is_keeper = mapped_text_mentions(&arguments, "/flockshim/keeper.py", "");
+    is_keepers = mapped_text_mentions(&arguments, "/flockshim/keeper.py", "") ||
+                 mapped_text_mentions(&arguments, "/flockshim/lease_worker.py", "");
     mapped_text_free(&arguments);
-    return is_keeper;
+    return is_keepers;
 }
 
 /* How many descriptions the first message carries, or -errno; *found where ours is among them. */
@@ -66,7 +66,9 @@ static int peek(int socket, int kept, int *found) {
     return count;
 }
 
-static int carries(int socket, int kept, pid_t pid, int number) {
+/* How many were under way must be known before: a socket that is in use gets others meanwhile,
+ * which were open in a table when the search began. */
+static int carries(int socket, int kept, long under_way) {
     int found = 0;
     int count = peek(socket, kept, &found);
 
@@ -74,7 +76,7 @@ static int carries(int socket, int kept, pid_t pid, int number) {
         return 0;
     if (count < 0)
         return 1;
-    return found || count < socket_under_way(pid, number);
+    return found || count < under_way;
 }
 
 long socket_under_way(pid_t pid, int number) {
@@ -85,14 +87,15 @@ long socket_under_way(pid_t pid, int number) {
 }
 
 int socket_may_carry(pid_t pid, int number, int kept) {
+    long under_way = socket_under_way(pid, number);
     int process = native_pidfd_open(pid);
     int socket = process < 0 ? process : (int)syscall(SYS_pidfd_getfd, process, number, 0);
     int gone = socket < 0 && (socket == -ESRCH || errno == ESRCH || errno == EBADF);
-    int result = socket < 0 ? !gone : carries(socket, kept, pid, number);
+    int result = socket < 0 ? !gone : carries(socket, kept, under_way);
 
     if (socket >= 0)
         close(socket);
     if (process >= 0)
         close(process);
-    return result && !is_keepers_listener(pid, number);
+    return result && !is_keepers(pid);
 }

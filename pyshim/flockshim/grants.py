@@ -46,9 +46,14 @@ class Grants:
             self._service.taken(connection)
         self._end(connection)
 
-    def heed(self, owner: Owner, wanted: Range) -> None:
-        """Another call has changed what an owner of record locks holds there: a grant before is not to be undone."""
+    def heed(self, owner: Owner, wanted: Range, latest: Connection | None = None) -> None:
+        """A call has changed what an owner of record locks holds there: grants before are not to be undone.
+
+        That call was granted as `latest`, or is the last of all.
+        """
         for connection in self._since:
+            if connection is latest:
+                break
             if connection.granted is owner and connection.undo[0].overlaps(wanted):
                 connection.changed = False
 

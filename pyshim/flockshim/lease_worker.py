@@ -259,7 +259,11 @@ def main() -> None:
     peer = socket.socket(fileno=0)
     threads = _Threads(peer)
     while True:
-        packet, descriptors, _, _ = socket.recv_fds(peer, MAX_PACKET, 1)
+        try:
+            packet, descriptors, _, _ = socket.recv_fds(peer, MAX_PACKET, 1)
+        except ConnectionError:
+            # The keeper died with an answer unread: unix(7).
+            packet, descriptors = b"", []
         if not packet:
             guard.end()
             # Not through the interpreter's end, which would wait for threads that hang.

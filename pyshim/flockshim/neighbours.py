@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import socket
 import struct
 
@@ -35,8 +36,9 @@ class Knock:
         self._loop = loop
         self._answered = answered
         self._freed = freed
-        self._pending: set[socket.socket] = set()
-        self._watched: set[socket.socket] = set()
+        # Descriptors, since socket objects of a keeper that has divided (`standby`) would close what is another's.
+        self._pending: set[int] = set()
+        self._watched: set[int] = set()
         # A lock in the way, and its process; and that in words.
         self.found: tuple[Range, int] | None = None
         self.holder = ""
@@ -52,18 +54,18 @@ class Knock:
 
     def ask(self, path: str, request: bytes) -> None:
         """Ask one of them."""
-        peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        try:
-            peer.setblocking(False)
-            peer.connect(path)
-            peer.send(request)
-        except OSError:
-            # Nobody is there, or it is too busy: the kernel says what it holds.
-            peer.close()
-            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            try:
+                connection.setblocking(False)
+                connection.connect(path)
+                connection.send(request)
+            except OSError:
+                # Nobody is there, or it is too busy: the kernel says what it holds.
+                return
+            peer = connection.detach()
         self._pending.add(peer)
         self._watched.add(peer)
-        self._loop.watch(peer.fileno(), lambda: self._read(peer))
+        self._loop.watch(peer, lambda: self._read(peer))
 
     def end(self) -> None:
         """Hear no more."""
@@ -71,15 +73,15 @@ class Knock:
             self._leave(peer)
         self._pending.clear()
 
-    def _leave(self, peer: socket.socket) -> None:
+    def _leave(self, peer: int) -> None:
         self._watched.remove(peer)
-        self._loop.unwatch(peer.fileno())
-        peer.close()
+        self._loop.unwatch(peer)
+        os.close(peer)
 
-    def _read(self, peer: socket.socket) -> None:
+    def _read(self, peer: int) -> None:
         answer = b""
         with contextlib.suppress(OSError):
-            answer = peer.recv(_ANSWER_SIZE)
+            answer = os.read(peer, _ANSWER_SIZE)
         is_first = peer in self._pending
         self._pending.discard(peer)
         is_found = len(answer) >= _HEAD.size + _FOUND.size and _HEAD.unpack_from(answer)[2] == lib.KIND_FOUND

@@ -276,7 +276,7 @@ class RecordService:
         if file and connection.changed and not wanted.exclusive and any(held.exclusive for held in before):
             file.set(owner, *wanted)
             self.settle(file)
-        self.grants.heed(owner, wanted)
+        self.grants.heed(owner, wanted, connection)
 
     def undo(self, file: RecordFile, connection: Connection, others: list[Connection]) -> None:
         """A grant has not reached its program: give the owner what it held there before.
