@@ -26,8 +26,8 @@ usage: flockshim [OPTION...] [--] COMMAND [ARG...]
        flockshim --break PATH [--yes]
        flockshim --clean DIR [--wait]
 
-Run COMMAND, unmodified, so that its flock() calls work on file systems where
-they fail.
+Run COMMAND, unmodified, so that its locks, flock() and fcntl(), work on file
+systems where they fail.
 
   --mode MODE        what a failing lock call becomes:
                        host     a lock between your programs on this host
