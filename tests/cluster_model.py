@@ -45,7 +45,8 @@ class Host(NamedTuple):
     seen: tuple[tuple[str, str | None], ...] = ()
     listed: tuple[str, ...] | None = None
     lapsed: int = 0  # tickets with a serial below may be thought dead
-    stopped: bool = False  # there was a lapse since `op` was yielded
+    stopped: bool = False  # there was a lapse since `op` was yielded, or since a conversion began
+    converts: bool = False
     met_holder: bool = False
     digest: str = ""
     end: str = ""
@@ -217,14 +218,15 @@ def tell(host: Host, *told: Any) -> Host:
             # What was ticketed before may be thought dead by others, from now on and for ever.
             host = host._replace(stopped=True, lapsed=machine.around.serial + 1)
         elif item[0] != "dead":
-            host = host._replace(op=op, stopped=False, scanned=None)
+            converts = machine.around.converts
+            host = host._replace(op=op, stopped=host.stopped and converts, converts=converts, scanned=None)
     if machine.ended:
         return _at_rest(host, "done")
     return host._replace(told=host.told + told, digest=machine.digest())
 
 
 def _at_rest(host: Host, end: str) -> Host:
-    return host._replace(end=end, op=None, told=(), digest="", seen=(), listed=None, scanned=None)
+    return host._replace(end=end, op=None, converts=False, told=(), digest="", seen=(), listed=None, scanned=None)
 
 
 def _step(world: World, number: int, what: str) -> World:
@@ -296,7 +298,7 @@ def is_thought_dead(world: World, ticket: str) -> bool:
 
 def holds(host: Host) -> bool:
     """Whether the host's program runs on with the lock, not having been stopped by a lapse."""
-    return isinstance(host.op, Hold) and not host.stopped
+    return (isinstance(host.op, Hold) or host.converts) and not host.stopped
 
 
 def check(before: World, after: World, mover: str) -> World:
@@ -342,7 +344,7 @@ def _check_entries(world: World, was: State, now: State, mover: str) -> None:
 
 def _check_holders(world: World) -> None:
     holding = [host for host in world.hosts if holds(host)]
-    if len(holding) > 1 and any(host.op.exclusive for host in holding):
+    if len(holding) > 1 and any(isinstance(host.op, Hold) and host.op.exclusive for host in holding):
         raise Violation(f"at once: {[(host.keeper, host.op) for host in holding]}")
 
 

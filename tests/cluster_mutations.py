@@ -350,3 +350,78 @@ def queued_twice(patch: Patch) -> None:
         return next((entry for entry in entries if entry.ticket in self._made and entry.granted), None)
 
     patch.setattr(Lease, "_own", own)
+
+
+# Conversions
+
+
+def upgrade_over_readers(patch: Patch) -> None:
+    """Whoever holds may write, whoever else reads."""
+    converted = State.converted
+
+    def convert(self: State, ticket: str, exclusive: bool) -> Any:
+        own = tuple(entry for entry in self.holders if entry.ticket == ticket)
+        others = tuple(entry for entry in self.holders if entry.ticket != ticket)
+        state = converted(self._replace(holders=own), ticket, exclusive)
+        assert state is not None
+        return state._replace(holders=(*state.holders, *others))
+
+    patch.setattr(State, "converted", convert)
+
+
+def upgrade_unwritten(patch: Patch) -> None:
+    """Whoever holds alone, as far as it knows, need not say that it writes."""
+    convert = Lease.convert
+
+    def converted(self: Any, exclusive: bool) -> Any:
+        if exclusive and self._state is not None and len(self._state.holders) == 1:
+            return True
+        return (yield from convert(self, exclusive))
+
+    patch.setattr(Lease, "convert", converted)
+
+
+def upgrade_by_letting_go(patch: Patch) -> None:
+    """The shared lock is given back, and an exclusive one asked for."""
+
+    def converted(self: Any, exclusive: bool) -> Any:
+        yield from self.release()
+        return (yield from self.acquire(exclusive, blocking=True))
+
+    patch.setattr(Lease, "convert", converted)
+
+
+def upgrade_puts_readers_out(patch: Patch) -> None:
+    """Other readers are taken for dead."""
+    patch.setattr(
+        State,
+        "converted",
+        lambda self, ticket, exclusive: State(
+            self.version + 1, (Entry(ticket, exclusive, self.version + 1),), self.queue
+        ),
+    )
+
+
+def conversion_of_the_forgotten(patch: Patch) -> None:
+    """Whoever was silent converts by the ticket that others may have judged."""
+    convert, must_confirm = Lease.convert, Lease._must_confirm
+
+    def converted(self: Any, exclusive: bool) -> Any:
+        self._must_confirm = lambda own: False
+        try:
+            return (yield from convert(self, exclusive))
+        finally:
+            self._must_confirm = lambda own: must_confirm(self, own)
+
+    patch.setattr(Lease, "convert", converted)
+
+
+def conversion_without_the_queue(patch: Patch) -> None:
+    """Those who wait are forgotten."""
+    converted = State.converted
+
+    def convert(self: State, ticket: str, exclusive: bool) -> Any:
+        state = converted(self, ticket, exclusive)
+        return state and state._replace(queue=())
+
+    patch.setattr(State, "converted", convert)

@@ -11,8 +11,9 @@ from flockshim.cluster import Lease
 from flockshim.cluster_names import keeper_of
 from flockshim.cluster_state import Entry
 
-Script = tuple[tuple[bool, bool], ...]
-"""What a host does: (exclusive, blocking) for each lock that it takes and gives back."""
+Script = tuple[tuple[bool, ...], ...]
+"""What a host does: (exclusive, blocking) for each lock that it takes and gives back; more are modes to convert it to,
+exclusive or not, one after the other."""
 
 
 class Hold(NamedTuple):
@@ -23,7 +24,7 @@ class Hold(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A non-blocking request was refused."""
+    """A non-blocking request was refused, or a conversion."""
 
 
 class Observe(NamedTuple):
@@ -41,6 +42,8 @@ class Surroundings:
         self.serial = 0
         self.lineages = 0
         self.dead_keepers: set[str] = set()
+        # While its mode is changed the program has a shared lock, before and after.
+        self.converts = False
 
     def new_ticket(self) -> str:
         self.serial += 1
@@ -67,20 +70,20 @@ class Surroundings:
 
 def program(lease: Lease, around: Surroundings, script: Script, cleans: bool) -> Generator[Any, Any, None]:
     """What a keeper does for a program: lock, hold, unlock; and after a lapse, only what is still right."""
-    for exclusive, blocking in script:
+    for exclusive, blocking, *conversions in script:
         try:
             got = yield from lease.acquire(exclusive, blocking)
             if not got:
                 yield Refused()
                 continue
-            while got:
-                yield Hold(exclusive, lease.token)
-                if lease.still_mine(around.clock()):
-                    break
-                got = yield from lease.confirm()
+            got = yield from _hold(lease, around, exclusive)
+            for wanted in conversions:
+                if got:
+                    got, exclusive = yield from _convert(lease, around, exclusive, wanted)  # noqa: PLW2901
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
+        around.converts = False
         while True:
             try:
                 yield from lease.release()
@@ -91,3 +94,33 @@ def program(lease: Lease, around: Surroundings, script: Script, cleans: bool) ->
                 yield ops.Pause(0)
     if cleans:
         yield from lease.clean()
+
+
+def _hold(lease: Lease, around: Surroundings, exclusive: bool) -> Generator[Any, Any, bool]:
+    """Run the program; it goes on after a lapse only if the lock is still ours, which is returned."""
+    while True:
+        yield Hold(exclusive, lease.token)
+        if lease.still_mine(around.clock()):
+            return True
+        if not (yield from lease.confirm()):
+            return False
+
+
+def _convert(
+    lease: Lease, around: Surroundings, exclusive: bool, wanted: bool
+) -> Generator[Any, Any, tuple[bool, bool]]:
+    """What record locks need: more of a lease when a reader writes, less of it when only readers are left.
+
+    Returns whether the lock is still ours, and its mode.
+    """
+    around.converts = True
+    if (yield from lease.convert(wanted)):
+        exclusive = wanted
+        is_ours = True
+    else:
+        if lease.still_mine(around.clock()):
+            yield Refused()
+        around.converts = False
+        is_ours = lease.still_mine(around.clock()) or (yield from lease.confirm())
+    around.converts = False
+    return is_ours and (yield from _hold(lease, around, exclusive)), exclusive

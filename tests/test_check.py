@@ -7,6 +7,7 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,25 +129,45 @@ def test_a_fuse_file_system_without_locks_of_its_own(nolock_dir: Path) -> None:
     answer = checked("--json", nolock_dir)
     assert (answer.status, answer.report["scope"], answer.report["command"]) == (3, "host", "COMMAND")
     assert answer.report["probes"] == ALL_OK
-    assert "let only one host" in checked(nolock_dir).output
+    assert "let only one host" in " ".join(checked(nolock_dir).output.split())
 
 
 @pytest.mark.nolock(flock="ENOSYS", posix="local")
 def test_only_flock_fails(nolock_dir: Path) -> None:
     answer = checked("--json", nolock_dir)
-    assert (answer.status, answer.kind("flock")[0]) == (1, "ENOSYS")
+    assert (answer.status, answer.report["command"]) == (1, "flockshim COMMAND")
+    assert answer.kind("flock") == ["ENOSYS", "ENOSYS", "ENOSYS", "skipped"]
     assert answer.kind("fcntl") == answer.kind("ofd") == ["ok"] * 4
-    assert "SQLite" not in checked(nolock_dir).output
+    assert ": flock() fails with ENOSYS. Run: " in answer.report["summary"]
 
 
 @pytest.mark.nolock(flock="local", posix="ENOLCK")
 def test_only_record_locks_fail(nolock_dir: Path) -> None:
     answer = checked("--json", nolock_dir)
-    assert (answer.status, answer.kind("flock")) == (3, ["ok"] * 4)
+    assert (answer.status, answer.report["command"]) == (1, "flockshim COMMAND")
+    assert answer.kind("flock") == ["ok"] * 4
     assert answer.kind("fcntl") == answer.kind("ofd") == ["ENOLCK", "ENOLCK", "ENOLCK", "skipped"]
-    text = " ".join(checked(nolock_dir).output.split())
-    assert "with which SQLite and conda lock, fails with ENOLCK (No locks available)" in text
-    assert "does not replace it" in text
+    assert ": fcntl() fails with ENOLCK. Run: " in answer.report["summary"]
+    assert "  fcntl         fails with ENOLCK (No locks available)\n" in checked(nolock_dir).output
+
+
+@pytest.mark.nolock(flock="ENOSYS", posix="EIO")
+def test_both_fail_in_ways_of_their_own(nolock_dir: Path, rendezvous: Path) -> None:
+    report = checked("--json", nolock_dir).report
+    assert (report["status"], report["command"]) == (1, "flockshim --errno ENOSYS,EIO COMMAND")
+    assert ": flock() fails with ENOSYS, fcntl() fails with EIO. Run: " in report["summary"]
+    assert flock_under(report["command"], nolock_dir / "file", rendezvous) == (0, "held\n", "")
+
+
+@pytest.mark.nolock(flock="local", posix="ENOLCK")
+def test_the_printed_command_is_what_record_locks_need(nolock_dir: Path, rendezvous: Path) -> None:
+    printed = checked("--json", nolock_dir).report["command"]
+    code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'w'), fcntl.LOCK_EX | fcntl.LOCK_NB); print('held')"
+    program = [sys.executable, "-c", code, str(nolock_dir / "file")]
+    words = [sys.executable, "-m", *printed.removesuffix("COMMAND").split(), *program]
+    environment = {**os.environ, "FLOCKSHIM_DIR": str(rendezvous)}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "held\n", "")
 
 
 @pytest.mark.parametrize("nolock_dir", ["ENOSYS", "EIO"], indirect=True)
@@ -156,6 +177,9 @@ def test_the_printed_command_is_what_is_needed(nolock_dir: Path, rendezvous: Pat
 
 
 # What the kernel says is asked, and believed only if it is true
+
+NEEDED = {"COMMAND": 0, "flockshim --errno EINVAL COMMAND": 1, "flockshim --force COMMAND": 2}
+"""The exit status that goes with a command."""
 
 
 @pytest.mark.parametrize(
@@ -206,16 +230,19 @@ def test_locks_that_fail_in_part_need_force(tmp_path: Path, operation: int, outc
 
 
 @pytest.mark.parametrize(
-    ("operation", "kind", "outcome"),
+    ("operation", "kind", "outcome", "command"),
     [
-        (fcntl.F_SETLK, "fcntl", ["EINVAL", "EINVAL", "EINVAL", "skipped"]),
-        (fcntl.F_SETLKW, "fcntl", ["EINVAL", "EINVAL", "ok", "skipped"]),
-        (F_OFD_SETLK, "ofd", ["EINVAL", "EINVAL", "EINVAL", "skipped"]),
-        (F_OFD_SETLKW, "ofd", ["EINVAL", "EINVAL", "ok", "skipped"]),
+        (fcntl.F_SETLK, "fcntl", ["EINVAL", "EINVAL", "EINVAL", "skipped"], "flockshim --errno EINVAL COMMAND"),
+        (fcntl.F_SETLKW, "fcntl", ["EINVAL", "EINVAL", "ok", "skipped"], "flockshim --force COMMAND"),
+        # Few programs use these, and a kernel before 3.15 does not know them.
+        (F_OFD_SETLK, "ofd", ["EINVAL", "EINVAL", "EINVAL", "skipped"], "COMMAND"),
+        (F_OFD_SETLKW, "ofd", ["EINVAL", "EINVAL", "ok", "skipped"], "COMMAND"),
     ],
 )
-def test_record_locks_that_fail_in_part(tmp_path: Path, operation: int, kind: str, outcome: list[str]) -> None:
+def test_record_locks_that_fail_in_part(
+    tmp_path: Path, operation: int, kind: str, outcome: list[str], command: str
+) -> None:
     answer = checked("--json", tmp_path, preexec_fn=answering(errno.EINVAL, operation, FCNTL_NUMBER))
     assert answer.kind(kind) == outcome
-    assert answer.status == 0
+    assert (answer.status, answer.report["command"]) == (NEEDED[command], command)
     assert list(answer.report["probes"].values()).count("EINVAL") == outcome.count("EINVAL")

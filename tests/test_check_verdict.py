@@ -92,12 +92,21 @@ def test_where_locks_work(scope: str, status: int, said: str) -> None:
         ("excludes nobody", 2, "flockshim --force COMMAND"),
     ],
 )
+@pytest.mark.parametrize("calls", [("flock",), ("fcntl",), ("flock", "fcntl")])
 @pytest.mark.parametrize("scope", [LOCAL, HOSTS, UNKNOWN])
-def test_where_locks_do_not_work(scope: str, outcome: str, status: int, command: str) -> None:
-    verdict = check.judge("/d", outcomes(flock=outcome), Reach(scope, ""), 5)
+def test_where_locks_do_not_work(scope: str, calls: tuple[str, ...], outcome: str, status: int, command: str) -> None:
+    verdict = check.judge("/d", outcomes(**dict.fromkeys(calls, outcome)), Reach(scope, ""), 5)
     assert (verdict.scope, verdict.status, verdict.command) == ("none", status, command)
     assert verdict.summary.endswith(f"Run: {command}")
-    assert ("let only one host" in verdict.advice) == (scope != LOCAL)
+    assert f"{calls[0]}()" in verdict.summary
+    assert (" on others." in verdict.advice) == (scope != LOCAL)
+
+
+def test_one_call_that_hangs_is_enough() -> None:
+    """Whatever the other does."""
+    verdict = check.judge("/d", outcomes(flock="ENOSYS", fcntl="hangs"), Reach(HOST, ""), 5)
+    assert (verdict.status, verdict.command) == (2, "flockshim --force COMMAND")
+    assert verdict.summary.startswith("Locks do not work in '/d': fcntl() does not return within 5 s.")
 
 
 def test_several_errnos_are_all_named() -> None:
@@ -105,8 +114,30 @@ def test_several_errnos_are_all_named() -> None:
     assert check.judge("/d", found, Reach(HOST, ""), 5).command == "flockshim --errno ENOSYS,EIO COMMAND"
 
 
+@pytest.mark.parametrize(
+    ("found", "summary", "command"),
+    [
+        ({"flock": "ENOSYS", "fcntl": "ENOSYS"}, "flock() and fcntl() fail with ENOSYS", "flockshim COMMAND"),
+        (
+            {"flock": "ENOSYS", "fcntl": "ENOLCK"},
+            "flock() fails with ENOSYS, fcntl() fails with ENOLCK",
+            "flockshim COMMAND",
+        ),
+        (
+            {"flock": "EIO", "fcntl": "ENOLCK"},
+            "flock() fails with EIO, fcntl() fails with ENOLCK",
+            "flockshim --errno EIO,ENOLCK COMMAND",
+        ),
+    ],
+)
+def test_both_calls_are_told_of(found: dict[str, str], summary: str, command: str) -> None:
+    verdict = check.judge("/d", outcomes(**found), Reach(LOCAL, ""), 5)
+    assert verdict.summary == f"Locks do not work in '/d': {summary}. Run: {command}"
+    assert (verdict.status, verdict.command) == (1, command)
+
+
 def test_record_locks_of_open_files_alone_may_fail() -> None:
     verdict = check.judge("/d", outcomes(ofd="EINVAL"), Reach(LOCAL, ""), 5)
     assert verdict.status == 0
     assert "F_OFD_SETLK" in verdict.advice
-    assert "SQLite" not in verdict.advice
+    assert "F_OFD_SETLK" not in check.judge("/d", outcomes(), Reach(LOCAL, ""), 5).advice

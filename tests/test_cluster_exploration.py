@@ -23,6 +23,8 @@ SOAK = bool(os.environ.get("FLOCKSHIM_SOAK"))
 
 X, S, X_NOW, S_NOW = (True, True), (False, True), (True, False), (False, False)
 """Exclusive or shared, and blocking or not."""
+UP, DOWN, DOWN_UP = (*S, True), (*X, False), (*X, False, True)
+"""Shared and made exclusive, exclusive and made shared, and that made exclusive again."""
 
 pytestmark = pytest.mark.timeout(8 * 3600 if SOAK else 120)
 
@@ -58,6 +60,17 @@ BOUNDED = {
     "EIO": Case(((X,), (X,)), Faults(eio=1)),
     "old views": Case(((X,), (X,)), Faults(stale_look=2, stale_list=1)),
     "three hosts": Case(((X,), (X,), (X_NOW,)), switches=1),
+    "two upgrades": Case(((UP,), (UP,))),
+    "upgrade and writer": Case(((UP,), (X,))),
+    "upgrade and reader": Case(((UP,), (S,))),
+    "downgrade and reader": Case(((DOWN_UP,), (S_NOW,))),
+    "downgrade and upgrade": Case(((DOWN,), (UP,))),
+    "upgrade, crash": Case(((UP,), (S,)), Faults(crash=1)),
+    "upgrade, lapse": Case(((UP,), (X_NOW,)), Faults(lapse=1), switches=2),
+    "downgrade, lapse": Case(((DOWN,), (X_NOW,)), Faults(lapse=1), switches=1),
+    "upgrade, lost answer": Case(((UP,), (S_NOW,)), Faults(lost=1), switches=1),
+    "upgrade, EIO": Case(((UP,), (X_NOW,)), Faults(eio=1)),
+    "upgrade, old views": Case(((UP,), (S_NOW,)), Faults(stale_look=1, stale_list=1)),
 }
 
 SOAKED = {
@@ -82,6 +95,14 @@ SOAKED = {
     "three hosts, crash": Case(((X,), (X,), (S,)), Faults(crash=1), switches=1),
     "three hosts, lapse": Case(((X,), (X,), (S,)), Faults(lapse=1), switches=1),
     "three hosts, lost answer": Case(((X,), (X,), (S,)), Faults(lost=1), switches=1),
+    "upgrade, lapse": Case(((UP,), (X,)), Faults(lapse=1)),
+    "downgrade, lapse": Case(((DOWN,), (X,)), Faults(lapse=1)),
+    "downgrade and upgrade, lapse": Case(((DOWN,), (UP,)), Faults(lapse=1)),
+    "upgrade, lost answer": Case(((UP,), (S,)), Faults(lost=1)),
+    "upgrade, crash and restart": Case(((UP,), (X_NOW,)), Faults(crash=1, restart=1)),
+    "downgrade, EIO and old views": Case(((DOWN_UP,), (S_NOW,)), Faults(eio=1, stale_look=1, stale_list=1)),
+    "upgrades on three hosts": Case(((UP,), (UP,), (S_NOW,)), switches=1),
+    "upgrades on three hosts, lapse": Case(((UP,), (UP,), (X_NOW,)), Faults(lapse=1), switches=1),
     "three hosts, all interleavings": Case(((X,), (X,), (X_NOW,))),
 }
 
@@ -90,6 +111,9 @@ WALKS = {
     "mixed": Case(((X, S_NOW), (S, X), (S, X_NOW))),
     "crashes": Case(((X, S), (S, X), (X, X_NOW)), Faults(crash=2, restart=1)),
     "lapses": Case(((X, S), (S, X), (X, X)), Faults(lapse=3, crash=1)),
+    "conversions": Case(((DOWN_UP, S), (UP, X), (UP, UP))),
+    "conversions, lapses": Case(((DOWN_UP, S), (UP, X), (UP, UP)), Faults(lapse=3, crash=1)),
+    "conversions, everything": Case(((DOWN, S), (UP, X), (UP, X_NOW)), Faults(1, 1, 1, 2, 1, 2, 2)),
     "everything": Case(((X, S), (S, X), (X, X_NOW)), Faults(1, 1, 1, 2, 1, 2, 2)),
     "everything, unborn": Case(((X, S), (S, X), (X, X_NOW)), Faults(1, 1, 1, 2, 1, 2, 2), unborn=True),
     "four hosts": Case(((X, S), (S, X), (X, X_NOW), (S, S)), Faults(1, 1, 2, 2, 1, 3, 3), unborn=True),
@@ -139,6 +163,7 @@ def test_three_hosts_at_random(case: Case) -> None:
 
 _TWO_WRITERS = Case(((X,), (X,)))
 _LAPSE = Case(((X,), (X,)), Faults(lapse=1))
+_READERS = Case(((UP,), (S,)))
 _MUTATIONS: list[tuple[mutations.Mutation, Case]] = [
     (mutations.no_claim, Case(((X,), (X,)), unborn=True)),
     (mutations.trusted_link, Case(((X,), (X,)), Faults(lost=1), unborn=True)),
@@ -165,6 +190,12 @@ _MUTATIONS: list[tuple[mutations.Mutation, Case]] = [
     (mutations.data_removed_before, _TWO_WRITERS),
     (mutations.litter_left, _TWO_WRITERS),
     (mutations.quick_judge, _TWO_WRITERS),
+    (mutations.upgrade_over_readers, _READERS),
+    (mutations.upgrade_unwritten, _READERS),
+    (mutations.upgrade_by_letting_go, Case(((UP,), (X,)))),
+    (mutations.upgrade_puts_readers_out, _READERS),
+    (mutations.conversion_of_the_forgotten, Case(((UP,), (X_NOW,)), Faults(lapse=1))),
+    (mutations.conversion_without_the_queue, Case(((UP,), (X,)))),
 ]
 
 

@@ -28,6 +28,13 @@ FLOCK = {
     "x86_64": {(X86_64, 73), (X86_64, X32 | 73), (I386, 143)},
     "aarch64": {(AARCH64, 32), (ARM, 143)},
 }
+FCNTL = {
+    "x86_64": {(X86_64, 72): 64, (X86_64, X32 | 72): 64, (I386, 55): 32, (I386, 221): 32},
+    "aarch64": {(AARCH64, 25): 64, (ARM, 55): 32, (ARM, 221): 32},
+}
+"""fcntl(2) and fcntl64(2), and of how many bits the programs are that call them so."""
+SETTING, TESTING = {64: {6, 7, 37, 38}, 32: {6, 7, 13, 14, 37, 38}}, {64: {5, 36}, 32: {5, 12, 36}}
+"""Commands for record locks. What is F_GETLK64 and so on to programs of 32 bits is unknown to others."""
 ALLOW, NOTIFY, ERRNO = 0x7FFF0000, 0x7FC00000, 0x00050000
 
 only_x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="only an x86_64 has these calls")
@@ -91,7 +98,10 @@ def dump(machine: str, tmp_path_factory: pytest.TempPathFactory) -> Dump:
 
 
 def test_a_filter_sees_lock_calls_of_every_architecture_and_nothing_else(machine: str, dump: Dump) -> None:
-    """Numbers mean other calls elsewhere: 73 of an x86_64 is flock(2), and of an i386 sigpending(2)."""
+    """Numbers mean other calls elsewhere: 73 of an x86_64 is flock(2), and of an i386 sigpending(2).
+
+    The second argument is an operation of flock(2), and a command of fcntl(2) that is none for record locks.
+    """
     reporting, answering = dump("report"), dump("answer", "38")
     numbers = [*range(600), *range(X32, X32 | 600), 0x80000000 | 73, X32 << 1 | 73, 0xFFFFFFFF]
     for architecture in X86_64, I386, AARCH64, ARM, RISCV, MIPS:
@@ -114,6 +124,30 @@ def test_an_answer_without_a_supervisor(machine: str, dump: Dump, error: int) ->
                 assert _run_filter(answering, architecture, number, descriptor, operation) == ALLOW
         for operation in 0, 3, 4, 7, 9, 10, 11, 16, 32, 34, 0x102, 0x80000002, 0xFFFFFFFF:
             assert _run_filter(answering, architecture, number, 3, operation) == ALLOW
+
+
+COMMANDS = [*range(64), *range(1024, 1044), 0x40000006, 0x80000006, 0xFFFFFFFF]
+
+
+def test_a_filter_sees_the_commands_for_record_locks_and_no_others(machine: str, dump: Dump) -> None:
+    reporting = dump("report")
+    for (architecture, number), bits in FCNTL[machine].items():
+        seen = {c for c in COMMANDS if _run_filter(reporting, architecture, number, 3, c) == NOTIFY}
+        assert seen == SETTING[bits] | TESTING[bits]
+        # The kernel looks at the lower half only.
+        assert _run_filter(reporting, architecture, number, 3, 7 << 32 | 6) == NOTIFY
+        assert _run_filter(reporting, architecture, number, 3, 6 << 32 | 1) == ALLOW
+
+
+@pytest.mark.parametrize("error", [0, 38, 4095])
+def test_an_answer_to_record_locks(machine: str, dump: Dump, error: int) -> None:
+    """Where the lock that is in the way would have to be written into memory, success is left to the kernel."""
+    answering = dump("answer", str(error))
+    for (architecture, number), bits in FCNTL[machine].items():
+        answered = {c for c in COMMANDS if _run_filter(answering, architecture, number, 3, c) == ERRNO | error}
+        assert answered == (SETTING[bits] | TESTING[bits] if error else SETTING[bits])
+        passed = {c for c in COMMANDS if _run_filter(answering, architecture, number, 3, c) == ALLOW}
+        assert passed == set(COMMANDS) - answered
 
 
 # What a program finds

@@ -42,7 +42,7 @@ def identity(path: Path) -> list[int]:
 def enter(running: Running, name: str, file: Path, directory: Directory | None = None) -> object:
     """See whether FILE is NAME in the directory; the result is the name, and the directory's identity."""
     with file.open() as opened:
-        return running.do(Enter(name, opened.fileno()), directory)
+        return running.do(Enter(name, "", opened.fileno()), directory)
 
 
 # Entering
@@ -76,7 +76,7 @@ def test_a_file_that_is_not_to_be_found_under_its_name(
         os.link(below / "file", below / "second")
         change(below / "file")
         with pytest.raises(OSError, match="not to be found") as caught:
-            running.do(Enter("file", file.fileno()))
+            running.do(Enter("file", "", file.fileno()))
         assert caught.value.errno == errno.ESTALE
 
 
@@ -104,7 +104,7 @@ def test_a_directory_that_is_gone(running: Running, below: Path) -> None:
         below.rmdir()
         for directory, number in ((running.directory, errno.ESTALE), (running.at(below), errno.ENOENT)):
             with pytest.raises(OSError) as caught:
-                running.do(Enter("file", file.fileno()), directory)
+                running.do(Enter("file", "", file.fileno()), directory)
             assert caught.value.errno == number
 
 
@@ -112,15 +112,24 @@ def test_a_file_without_a_name(running: Running, below: Path) -> None:
     """Wherever its directory may be."""
     with (below / "file").open() as file:
         (below / "file").unlink()
-        assert running.do(Enter("file", file.fileno())) is None
+        assert running.do(Enter("file", "", file.fileno())) is None
         below.rmdir()
-        assert running.do(Enter("file", file.fileno()), running.at(below)) is None
+        assert running.do(Enter("file", "", file.fileno()), running.at(below)) is None
+
+
+def test_a_record_left_of_a_file_without_a_name(running: Running, below: Path) -> None:
+    """Others may have it open. Record locks, with a suffix, and flock have records of their own."""
+    with (below / "file").open() as file:
+        (below / "file").unlink()
+        (below / ".file~records.flockshim").touch()
+        assert running.do(Enter("file", "", file.fileno())) is None
+        assert running.do(Enter("file", "~records", file.fileno())) == ["file", identity(below)]
 
 
 def test_the_root_of_a_mount_has_nothing_beside_it(running: Running) -> None:
     descriptor = os.open("/proc", os.O_RDONLY)
     with pytest.raises(OSError, match="root of a mount") as caught:
-        running.do(Enter("proc", descriptor), running.at(Path("/")))
+        running.do(Enter("proc", "", descriptor), running.at(Path("/")))
     os.close(descriptor)
     assert caught.value.errno == errno.EXDEV
 

@@ -25,8 +25,10 @@ from flockshim.pytest_plugin import require
 
 ROOT = Path(__file__).parent.parent
 LIBRARY = Path(flockshim.__file__).parent / "libflockshim.so"
-EXPORTED = ["execv", "execve", "execvp", "flock", "posix_spawn", "posix_spawnp"]
-NEEDED = {"__errno_location": "GLOBAL", "environ": "WEAK", "dl_iterate_phdr": "WEAK"}
+RECORD_CALLS = ["fcntl", "fcntl64", "lockf", "lockf64"]
+EXPORTED = sorted(["execv", "execve", "execvp", "flock", "posix_spawn", "posix_spawnp", *RECORD_CALLS])
+NEEDED = {"__errno_location": "GLOBAL"}
+NEEDED.update(dict.fromkeys(["environ", "dl_iterate_phdr", "_pthread_cleanup_push", "_pthread_cleanup_pop"], "WEAK"))
 CROSS_COMPILER, CROSS_ROOT, EMULATOR = "aarch64-linux-gnu-gcc", "/usr/aarch64-linux-gnu", "qemu-aarch64"
 
 

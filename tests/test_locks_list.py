@@ -116,8 +116,8 @@ def test_everything_that_json_tells(fresh_world: World) -> None:
     fresh_world.await_blocked(call)
     (file,) = locks(fresh_world)
     after = time.time()
-    assert set(file) == {"path", "device", "inode", "kind", "holders", "waiters"}
-    assert (file["path"], file["kind"]) == (str(path), "emulated")
+    assert set(file) == {"path", "device", "inode", "locks", "kind", "holders", "waiters"}
+    assert (file["path"], file["locks"], file["kind"]) == (str(path), "flock", "emulated")
     assert (file["device"], file["inode"]) == (path.stat().st_dev, path.stat().st_ino)
     ((holder,), (waiter,)) = file["holders"], file["waiters"]
     assert (set(holder), set(waiter)) == (HOLDER_KEYS, WAITER_KEYS)
@@ -141,6 +141,7 @@ def test_everything_that_json_tells_of_the_kernels_locks(world: World) -> None:
         "path": str(path),
         "device": status.st_dev,
         "inode": status.st_ino,
+        "locks": "flock",
         "kind": "kernel",
         "waiters": [],
     }

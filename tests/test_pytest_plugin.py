@@ -153,6 +153,57 @@ def test_simulate_flock_below_a_directory(simulate_flock: Callable[..., dict[str
     assert flock_status(tmp_path / "beside" / "file", environment) == "held"
 
 
+RECORD_LOCKS = """if True:
+    import errno, fcntl, os, struct, sys
+    file = open(sys.argv[1], "r+")
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0)
+    calls = {
+        "lockf": lambda: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB),
+        "waiting": lambda: fcntl.lockf(file, fcntl.LOCK_SH),
+        "libc's": lambda: os.lockf(file.fileno(), os.F_TLOCK, 0),
+        "asking": lambda: fcntl.fcntl(file, fcntl.F_GETLK, lock),
+        "description's": lambda: fcntl.fcntl(file, 37, lock),
+    }
+    for name, call in calls.items():
+        try:
+            call()
+            fcntl.lockf(file, fcntl.LOCK_UN)
+            print(name, 0)
+        except OSError as error:
+            print(name, error.errno)
+"""
+
+
+def record_locks(path: Path, environment: dict[str, str]) -> set[int]:
+    """What the record locks of another program answer: 0, or an errno."""
+    done = subprocess.run(
+        [sys.executable, "-c", RECORD_LOCKS, path], env=environment, capture_output=True, text=True, check=True
+    )
+    answers = [int(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(answers) == 5
+    return set(answers)
+
+
+@pytest.mark.parametrize(("name", "number"), [("ENOSYS", 38), ("ENOLCK", 37)])
+def test_simulate_flock_has_record_locks_fail_too(
+    simulate_flock: Callable[..., dict[str, str]], tmp_path: Path, name: str, number: int
+) -> None:
+    for place in ("below", "beside"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "file").touch()
+    environment = simulate_flock(name, tmp_path / "below")
+    assert record_locks(tmp_path / "below" / "file", environment) == {number}
+    assert record_locks(tmp_path / "beside" / "file", environment) == {0}
+    assert record_locks(tmp_path / "below" / "file", dict(os.environ)) == {0}
+
+
+@pytest.mark.nolock(flock="local", posix="ENOLCK")
+def test_a_directory_where_only_record_locks_fail(nolock_dir: Path) -> None:
+    (nolock_dir / "file").touch()
+    assert record_locks(nolock_dir / "file", dict(os.environ)) == {errno.ENOLCK}
+    assert flock_status(nolock_dir / "file", dict(os.environ)) == "held"
+
+
 # simulate_fcntl_flock
 
 

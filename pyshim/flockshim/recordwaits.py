@@ -7,6 +7,7 @@ import errno
 import time
 
 from flockshim import holders
+from flockshim.loop import TICK_SECONDS
 from flockshim.patience import Patience
 from flockshim.recordtable import circle
 from flockshim.undecided import UNDECIDED_SECONDS, cannot_lock
@@ -95,7 +96,8 @@ class RecordWaits:
         service, owner, blocker = self._service, waiter.owner, waiter.blocker
         service.check_places(file, owner)
         before = file.snapshot(owner, waiter.wanted)
-        file.waits = True
+        # Who has waited for long joins those who hold, though another host waits: one of them may wait for it.
+        file.waits = time.monotonic() - waiter.since < TICK_SECONDS
         try:
             served = file.serve(waiter)
         except OSError as error:
