@@ -248,13 +248,16 @@ class RecordFile:
         """Have the kernel's locks: of other keepers of this host one may be in the way."""
         if not self._permit_lease(self, wanted):
             return False
-        for number, part in enumerate(parts):
-            if not self._lock_proxy(owner, part):
+        had: list[Range] = []
+        try:
+            while len(had) < len(parts) and self._lock_proxy(owner, parts[len(had)]):
+                had.append(parts[len(had)])
+        finally:
+            if len(had) < len(parts):
                 # What has more than one part was not locked at all there.
-                for had in parts[:number]:
-                    lib.native_lock_record(owner.proxy, UNLOCK, had.first, had.last)
-                return False
-        return True
+                for part in had:
+                    lib.native_lock_record(owner.proxy, UNLOCK, part.first, part.last)
+        return len(had) == len(parts)
 
     def _lock_proxy(self, owner: Owner, wanted: Range) -> bool:
         while True:
@@ -264,11 +267,9 @@ class RecordFile:
             if result >= 0:
                 self.is_refused_elsewhere = not result
                 return bool(result)
-            self._discard_proxy(owner)
             if result != -errno.ENOENT:
                 raise OSError(-result, os.strerror(-result), self.path)
-            self._open(owner)
-            self._relock(owner)
+            self._renew_proxy(owner)
 
     def set(self, owner: Owner, first: int, last: int, exclusive: bool | None) -> None:
         """Unlock, or lock what is known to be free."""
@@ -328,13 +329,8 @@ class RecordFile:
     def restore_proxies(self) -> bool:
         """Lock a proxy again that was removed. Returns whether all could be locked."""
         self._close_spare()
-        for owner in self.lock.ranges:
-            if os.fstat(owner.proxy).st_nlink == 0:
-                self._discard_proxy(owner)
-                self._open(owner)
-                if not self._relock(owner):
-                    return False
-        return True
+        swept = [owner for owner in self.lock.ranges if os.fstat(owner.proxy).st_nlink == 0]
+        return all([self._renew_proxy(owner) for owner in swept])
 
     def close(self) -> None:
         """Remove the proxy unless others need it: nobody here does."""
@@ -358,15 +354,15 @@ class RecordFile:
         os.lseek(owner.proxy, owner.pid if owner.is_process else 0, os.SEEK_SET)
         self.note(owner)
 
-    def _discard_proxy(self, owner: Owner) -> None:
+    def _renew_proxy(self, owner: Owner) -> bool:
+        """Lock in a new one what was locked in one that somebody has removed. Returns whether all could be."""
         self._journal.clear(owner.proxy)
         os.close(owner.proxy)
         owner.proxy = -1
-
-    def _relock(self, owner: Owner) -> bool:
+        self._open(owner)
+        held = self.lock.ranges.get(owner, ())
         return all(
-            lib.native_lock_record(owner.proxy, operation_of(held.exclusive), held.first, held.last) == 1
-            for held in self.lock.ranges.get(owner, ())
+            [lib.native_lock_record(owner.proxy, operation_of(one.exclusive), one.first, one.last) == 1 for one in held]
         )
 
 

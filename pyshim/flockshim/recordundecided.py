@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 
@@ -67,7 +68,9 @@ class RecordUndecided:
             if request.limit > now:
                 file.undecided.append(request)
             elif request.is_test:
-                here = file.found_elsewhere(request.owner, request.wanted)
+                here = None
+                with contextlib.suppress(OSError):
+                    here = file.found_elsewhere(request.owner, request.wanted)
                 self._found(file, request, here or ON_ANOTHER_HOST, NO_PID)
             else:
                 self._refuse(file, request)
