@@ -127,7 +127,9 @@ static int begin(struct lock_call *call) {
     pthread_cond_broadcast(&waiting.left);
     begins = !call_is_gone(call);
     while (begins && (other = find_gone(call)) != NULL) {
-        dismiss(other);
+        /* Each dismissal wakes all who wait here. */
+        if (!other->dismissed)
+            dismiss(other);
         pthread_cond_wait(&waiting.left, &waiting.mutex);
         begins = !call_is_gone(call);
     }

@@ -47,6 +47,9 @@ class RecordService:
         self.grants = Grants(self)
         self.waits = RecordWaits(self, loop)
         self.knocks = RecordKnocks(self, Neighbours(loop, rendezvous))
+        # Of what files which processes have no locks with other keepers, for a second: so long the library, too,
+        # remembers which keeper a process has.
+        self._only_here: set[tuple[Key, int]] = set()
         self._flock = flock
         self._rendezvous = rendezvous
         self._journal = journal
@@ -140,10 +143,13 @@ class RecordService:
 
     def _redirected(self, connection: Connection, file: RecordFile, descriptor: int, is_process: bool) -> bool:
         """A process that was moved to another control group has its locks with another keeper."""
-        if connection.flags & lib.FLAG_REDIRECTED:
+        asked = file.key, connection.pid
+        if connection.flags & lib.FLAG_REDIRECTED or (is_process and asked in self._only_here):
             return False
         key = self._rendezvous.keeper_of_records(file.path, connection.pid if is_process else 0, descriptor)
         if key is None:
+            if is_process:
+                self._only_here.add(asked)
             return False
         closing.close(descriptor)
         connection.redirect(key)
@@ -404,6 +410,7 @@ class RecordService:
 
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptors closed without unlocking."""
+        self._only_here.clear()
         self.check_all()
         for key in [key for key, file in self.files.items() if file.is_swept() and not file.restore_proxies()]:
             print(f"a record lock on device {key[0]} inode {key[1]} was taken while its proxy was away", flush=True)

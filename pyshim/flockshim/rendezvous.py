@@ -46,6 +46,9 @@ class Rendezvous:
         self._keys: set[str] = set()
         # The time of the directory that they are of.
         self._keys_at = -1
+        # The processes of those keepers, and the time of the directory when they were sought.
+        self._keepers: list[tuple[int, str]] = []
+        self._keepers_at = -1
         self._note_socket()
 
     def _note_socket(self) -> None:
@@ -168,18 +171,26 @@ class Rendezvous:
         """Return where the other keepers listen."""
         return [self._socket_of(key) for key in self._other_keys()]
 
-    def _other_keepers(self) -> Iterator[tuple[int, str]]:
+    def _other_keepers(self) -> list[tuple[int, str]]:
+        """Return the processes of other keepers. All are looked at only where there may be others than before."""
         keys = self._other_keys()
-        for name in os.listdir("/proc") if keys else ():
-            if not name.isdigit():
-                continue
-            try:
-                with open(f"/proc/{name}/cmdline", "rb") as file:
-                    arguments = os.fsdecode(file.read()).split("\0")
-            except OSError:
-                continue
-            if len(arguments) > 5 and arguments[3].endswith("/keeper.py") and arguments[5] in keys:
-                yield int(name), arguments[5]
+        known = [(pid, key) for pid, key in self._keepers if key in keys]
+        if self._keepers_at != self._keys_at or self._keys_at < 0 or any(_key_of(pid) != key for pid, key in known):
+            found = [(int(name), _key_of(int(name))) for name in os.listdir("/proc") if keys and name.isdigit()]
+            known = [(pid, key) for pid, key in found if key in keys]
+            self._keepers_at = self._keys_at
+        self._keepers = known
+        return known
+
+
+def _key_of(pid: int) -> str:
+    """Return the key of the keeper that this process is; empty if it is none."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            arguments = os.fsdecode(file.read()).split("\0")
+    except OSError:
+        return ""
+    return arguments[5] if len(arguments) > 5 and arguments[3].endswith("/keeper.py") else ""
 
 
 def _has_proxy_of(keeper: int, proxy: str, pid: int) -> bool:
