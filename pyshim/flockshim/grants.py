@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from flockshim.programs import Connection
     from flockshim.recordfile import Owner
     from flockshim.records import RecordService
-    from flockshim.recordtable import Range
 
 
 class Grants:
@@ -43,19 +42,8 @@ class Grants:
         """A grant has reached its program."""
         if connection.granted:
             connection.granted.answers += 1
-            self._service.taken(connection)
+            self._conclude(connection)
         self._end(connection)
-
-    def heed(self, owner: Owner, wanted: Range, latest: Connection | None = None) -> None:
-        """A call has changed what an owner of record locks holds there: grants before are not to be undone.
-
-        That call was granted as `latest`, or is the last of all.
-        """
-        for connection in self._since:
-            if connection is latest:
-                break
-            if connection.granted is owner and connection.undo[0].overlaps(wanted):
-                connection.changed = False
 
     def confirm(self, description: Description) -> None:
         """Who asks again for what it was granted has lost its connection, not its interest."""
@@ -71,10 +59,22 @@ class Grants:
         file: Any = self._service.files.get(owner.key) if owner else None
         if file:
             others = [other for other in self._of(owner) if other is not connection]
-            self._service.undo(file, connection, others)
+            self._undo(file, connection, others)
         self._end(connection)
         if file:
             self._service.settle(file)
+
+    def _conclude(self, connection: Connection) -> None:
+        """A grant has reached its program."""
+
+    def _undo(self, file: Any, connection: Connection, others: list[Connection]) -> None:
+        """Take the lock away, unless `others` of the description had it since."""
+        description = connection.granted
+        nobody_had_it = connection.changed and connection.answers == description.answers
+        if nobody_had_it and others:
+            others[0].changed, others[0].answers = True, connection.answers
+        elif nobody_had_it:
+            self._service.release(file, description)
 
     def look(self, now: float) -> None:
         """The program may be stopped: others go on, and it asks again when it is continued.

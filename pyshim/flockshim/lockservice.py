@@ -186,18 +186,6 @@ class LockService:
             description.answers += 1
             connection.answer(0)
 
-    def taken(self, connection: Connection) -> None:
-        """A grant has reached its program: nothing else follows."""
-
-    def undo(self, file: File, connection: Connection, others: list[Connection]) -> None:
-        """A grant has not reached its program: take the lock away, unless `others` of the description had it since."""
-        description = connection.granted
-        nobody_had_it = connection.changed and connection.answers == description.answers
-        if nobody_had_it and others:
-            others[0].changed, others[0].answers = True, connection.answers
-        elif nobody_had_it:
-            self.release(file, description)
-
     def release(self, file: File, description: Description) -> None:
         """Take a description's lock away, and forget it."""
         if file.lock.release(description):

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     class Service(Protocol):
         """What serves the locks of a family."""
 
-        grants: Grants
+        @property
+        def grants(self) -> Grants:
+            """Those that are under way."""
 
         def request(
             self, connection: Connection, operation: int, descriptor: int, number: int, device: int, inode: int

@@ -8,12 +8,12 @@ import time
 from flockshim import closing
 from flockshim._native import lib
 from flockshim.descriptions import Description
-from flockshim.grants import Grants
 from flockshim.locktable import GRANTED, WAITING
 from flockshim.neighbours import Neighbours
 from flockshim.recordfile import RECORDS, Owner, RecordFile, held_by, without_owner
+from flockshim.recordgrants import RecordGrants
 from flockshim.recordknocks import RecordKnocks
-from flockshim.recordtable import Range, clipped, gaps
+from flockshim.recordtable import Range
 from flockshim.recordundecided import RecordUndecided
 from flockshim.recordwaits import RecordWaits
 from flockshim.undecided import cannot_lock
@@ -44,7 +44,7 @@ class RecordService:
         self.processes = flock.processes
         self.files: dict[Key, RecordFile] = {}
         self.undecided = RecordUndecided(self)
-        self.grants = Grants(self)
+        self.grants = RecordGrants(self)
         self.waits = RecordWaits(self, loop)
         self.knocks = RecordKnocks(self, Neighbours(loop, rendezvous))
         # Of what files which processes have no locks with other keepers, for a second: so long the library, too,
@@ -266,46 +266,9 @@ class RecordService:
         if connection.is_supervised:
             # Its program may have gone.
             self.programs.hold(connection)
-            self.add_grant(connection, owner, wanted, before)
+            self.grants.give(connection, owner, wanted, before)
         else:
             connection.answer(0)
-
-    def add_grant(self, connection: Connection, owner: Owner, wanted: Range, before: list[Range]) -> None:
-        """Tell of a grant that may not reach its program; see `granted`."""
-        connection.undo = wanted, before
-        self.grants.add(connection, owner, before != [wanted])
-
-    def taken(self, connection: Connection) -> None:
-        """A grant has reached its program, so that what it weakens may be weakened."""
-        owner, (wanted, before) = connection.granted, connection.undo
-        file = self.files.get(owner.key)
-        if file and connection.changed and not wanted.exclusive and any(held.exclusive for held in before):
-            file.set(owner, *wanted)
-            self.settle(file)
-        self.grants.heed(owner, wanted, connection)
-
-    def undo(self, file: RecordFile, connection: Connection, others: list[Connection]) -> None:
-        """A grant has not reached its program: give the owner what it held there before.
-
-        But not where another grant is under way, which then is what has to be undone.
-        """
-        owner, (wanted, before) = connection.granted, connection.undo
-        if not connection.changed or owner not in file.owners:
-            return
-        windows = [wanted]
-        for other in others:
-            its, its_before = other.undo
-            if not its.overlaps(wanted):
-                continue
-            windows = [part for window in windows for part in gaps([its], window)]
-            if other.changed or its_before == [its]:
-                inherited = clipped(before, its) + [
-                    part for gap in gaps([wanted], its) for part in clipped(its_before, gap)
-                ]
-                other.undo, other.changed = (its, sorted(inherited)), True
-        for window in windows:
-            file.restore(owner, window, before)
-        self.forget_if_unused(file, owner)
 
     def is_refused(self, file: RecordFile, owner: Owner, wanted: Range) -> bool:
         """Return whether a holder of ours is in the way, and surely holds."""

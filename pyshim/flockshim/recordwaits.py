@@ -117,7 +117,7 @@ class RecordWaits:
             connection.answer(errno.EBADF)
         else:
             service.processes.add(connection.pid, owner)
-            service.add_grant(connection, owner, waiter.wanted, before)
+            service.grants.give(connection, owner, waiter.wanted, before)
         return False
 
     # Circles
