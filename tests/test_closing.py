@@ -43,29 +43,56 @@ def test_at_once_and_by_a_thread(two: tuple[int, int]) -> None:
 
 
 def test_none_is_closed_by_both(two: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first is being closed when the process divides; the second is left to the new one."""
+    """The first is about to be closed when the process divides; the second is left to the new one."""
     close, began, go_on = os.close, threading.Event(), threading.Event()
 
-    def hangs(descriptor: int) -> None:
+    def waits(descriptor: int) -> None:
         began.set()
         go_on.wait()
         close(descriptor)
 
-    monkeypatch.setattr(os, "close", hangs)
+    def let_go() -> None:
+        await_true(lambda: not closing._closer.waiting, "the process to divide")
+        go_on.set()
+
+    monkeypatch.setattr(os, "close", waits)
+    monkeypatch.setattr(closing, "CLOSE_SECONDS", 30.0)
     closing.in_background()
     for descriptor in two:
         closing.close(descriptor)
     assert began.wait(30)
+    helper = threading.Thread(target=let_go)
+    helper.start()
     child = os.fork()
     if child == 0:
-        right = closing.is_left_to_another(two[0]) and not closing.is_left_to_another(two[1])
+        right = not is_open(two[0]) and is_open(two[1])
         monkeypatch.undo()
         closing.close(two[1])
         os._exit(0 if right and not is_open(two[1]) else 1)
+    helper.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert not is_open(two[0])
+    assert is_open(two[1])
+
+
+def test_one_that_hangs_is_not_waited_for_for_ever(two: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    close, began, go_on = os.close, threading.Event(), threading.Event()
+
+    def hangs(descriptor: int) -> None:
+        close(descriptor)
+        began.set()
+        go_on.wait()
+
+    monkeypatch.setattr(os, "close", hangs)
+    monkeypatch.setattr(closing, "CLOSE_SECONDS", 0.01)
+    closing.in_background()
+    closing.close(two[0])
+    assert began.wait(30)
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     go_on.set()
-    await_true(lambda: not is_open(two[0]), "the first to be closed")
-    assert is_open(two[1])
 
 
 def test_others_are_awaited_but_not_for_ever() -> None:

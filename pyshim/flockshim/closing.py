@@ -5,7 +5,8 @@ meanwhile, or stop its holders.
 
 A keeper that divides (`standby`) leaves its threads behind, in a process with which the new one shares all descriptors.
 So that none is closed by both, which would close another's: what waits here is left to the new one, which closes all
-that it does not know, but not what a thread is about to close.
+that it does not know; and a thread that is about to close one is waited for. One that hangs in close(2) has given its
+number back to the kernel before.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+CLOSE_SECONDS = 1.0
+"""After which a thread that closes a descriptor is in close(2), if not behind it."""
+
 
 class _Closer:
-    def __init__(self, left: int = -1) -> None:
+    def __init__(self) -> None:
         self.changed = threading.Condition()
         self.waiting: list[int] = []
         self.begun = False
-        self.closing = -1
-        # What a thread of the process from which this one was made may be closing.
-        self.left = left
+        self.is_closing = False
         # How many threads have descriptors of their own.
         self.busy = 0
 
@@ -34,9 +36,13 @@ class _Closer:
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.waiting)
-                self.closing = self.waiting.pop(0)
+                descriptor = self.waiting.pop(0)
+                self.is_closing = True
             with contextlib.suppress(OSError):
-                os.close(self.closing)
+                os.close(descriptor)
+            with self.changed:
+                self.is_closing = False
+                self.changed.notify_all()
 
 
 _closer = _Closer()
@@ -57,11 +63,6 @@ def close(descriptor: int) -> None:
     with _closer.changed:
         _closer.waiting.append(descriptor)
         _closer.changed.notify_all()
-
-
-def is_left_to_another(descriptor: int) -> bool:
-    """Return whether the process from which this one was made may be closing it."""
-    return descriptor == _closer.left
 
 
 def aside(work: Callable[[], None]) -> None:
@@ -90,11 +91,12 @@ def await_others(seconds: float) -> None:
 def _leave_to_child() -> None:
     with _closer.changed:
         _closer.waiting.clear()
+        _closer.changed.wait_for(lambda: not _closer.is_closing, CLOSE_SECONDS)
 
 
 def _be_child() -> None:
     global _closer
-    _closer = _Closer(_closer.closing)
+    _closer = _Closer()
 
 
 os.register_at_fork(before=_leave_to_child, after_in_child=_be_child)

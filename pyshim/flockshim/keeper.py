@@ -135,7 +135,7 @@ def _take_inventory(directory: str, journal: Journal) -> tuple[list[int], list[i
     # As the kernel shows it in the links of /proc/self/fd.
     directory = os.path.realpath(directory)
     for descriptor in opened:
-        if descriptor <= LISTENER or closing.is_left_to_another(descriptor):
+        if descriptor <= LISTENER:
             continue
         try:
             path = os.readlink(f"/proc/self/fd/{descriptor}")

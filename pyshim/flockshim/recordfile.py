@@ -143,6 +143,8 @@ class RecordFile:
         self.knock: Knock | None = None
         self.is_changed = False
         self.idle_since = 0.0
+        # What was said of a proxy that could not be made again.
+        self.lost = ""
         # Whether a request may wait for the lease; and whether another keeper's lock has forbidden the last one.
         self.waits = False
         self.is_refused_elsewhere = False
@@ -327,7 +329,7 @@ class RecordFile:
         return any(os.fstat(owner.proxy).st_nlink == 0 for owner in self.lock.ranges)
 
     def restore_proxies(self) -> bool:
-        """Lock a proxy again that was removed. Returns whether all could be locked."""
+        """Lock a proxy again that was removed. Returns whether all could be locked. Raises OSError."""
         self._close_spare()
         swept = [owner for owner in self.lock.ranges if os.fstat(owner.proxy).st_nlink == 0]
         return all([self._renew_proxy(owner) for owner in swept])
@@ -355,15 +357,23 @@ class RecordFile:
         self.note(owner)
 
     def _renew_proxy(self, owner: Owner) -> bool:
-        """Lock in a new one what was locked in one that somebody has removed. Returns whether all could be."""
-        self._journal.clear(owner.proxy)
-        os.close(owner.proxy)
-        owner.proxy = -1
-        self._open(owner)
+        """Lock in a new one what was locked in one that somebody has removed. Returns whether all could be.
+
+        Raises OSError where there can be none; then the old one stays, for who has it open.
+        """
+        removed, owner.proxy = owner.proxy, -1
+        try:
+            self._open(owner)
+        except OSError:
+            owner.proxy = removed
+            raise
         held = self.lock.ranges.get(owner, ())
-        return all(
-            [lib.native_lock_record(owner.proxy, operation_of(one.exclusive), one.first, one.last) == 1 for one in held]
-        )
+        results = [
+            lib.native_lock_record(owner.proxy, operation_of(one.exclusive), one.first, one.last) for one in held
+        ]
+        self._journal.clear(removed)
+        os.close(removed)
+        return all(result == 1 for result in results)
 
 
 def record_path(directory: str, key: Key) -> str:

@@ -375,8 +375,8 @@ class RecordService:
         """Look once a second for what no event tells: descriptors closed without unlocking."""
         self._only_here.clear()
         self.check_all()
-        for key in [key for key, file in self.files.items() if file.is_swept() and not file.restore_proxies()]:
-            print(f"a record lock on device {key[0]} inode {key[1]} was taken while its proxy was away", flush=True)
+        for file in [file for file in self.files.values() if file.is_swept()]:
+            self._restore(file)
         self.grants.look(now)
         self.waits.look_at_suspects()
         for file in list(self.files.values()):
@@ -390,6 +390,18 @@ class RecordService:
             if file.is_unused() and now - file.idle_since >= IDLE_PROXY_SECONDS:
                 file.close()
                 del self.files[file.key]
+
+    def _restore(self, file: RecordFile) -> None:
+        """Somebody has removed a proxy alone: see also `restore_proxies`."""
+        lost = ""
+        try:
+            if not file.restore_proxies():
+                lost = "was taken while its proxy was away"
+        except OSError as error:
+            lost = f"is not known to other keepers: {error.strerror}"
+        if lost and lost != file.lost:
+            print(f"a record lock on device {file.key[0]} inode {file.key[1]} {lost}", flush=True)
+        file.lost = lost
 
     def check_all(self) -> None:
         """Release the locks of those who do not hold any more."""
