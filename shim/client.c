@@ -193,6 +193,17 @@ static int is_delivered(struct call *call) {
     return call->wait->deliver(call->wait->call) == 0;
 }
 
+/* As in fcntl_setlk in the kernel's fs/locks.c: another thread has closed the descriptor, and so
+ * ended the lock. The keeper finds that out, too. */
+static int is_had_in_vain(const struct call *call) {
+    const struct protocol_answer *answer = &call->answer;
+
+    return call->request.family == FAMILY_PROCESS &&
+           !(call->request.operation & (LOCK_UN | LOCK_TEST)) &&
+           (answer->kind == KIND_GRANT || (answer->kind == KIND_ANSWER && !answer->error)) &&
+           !is_same_file(call);
+}
+
 /* recvfrom(2) on a socket is interrupted and restarted by signals exactly as flock(2) is. After an
  * interruption the keeper has the last word, since it may have granted the lock just before. */
 static enum outcome receive_answer(struct call *call) {
@@ -240,9 +251,7 @@ static enum outcome receive_answer(struct call *call) {
             cancelled = 1;
             continue;
         }
-        /* fcntl_setlk in the kernel's fs/locks.c: another thread has closed it. */
-        if (call->answer.kind == KIND_GRANT && call->request.family == FAMILY_PROCESS &&
-            !is_same_file(call)) {
+        if (is_had_in_vain(call)) {
             call->answer.error = EBADF;
             return ANSWERED;
         }
