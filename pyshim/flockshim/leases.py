@@ -284,7 +284,9 @@ class Leases:
     def may_learn(self, key: Key) -> bool:
         """Return whether `holder` is not known yet, but may be soon."""
         lease = self._files.get(key)
-        return lease is not None and self.is_refused(key) and not lease.holder and clock() - lease.asked < LEARN_SECONDS
+        if lease is None or lease.holder or clock() - lease.asked >= LEARN_SECONDS:
+            return False
+        return lease.busy or self.is_refused(key)
 
     def _ask(self, lease: FileLease) -> None:
         """Look who holds, once for each version of the state."""

@@ -26,29 +26,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "recordcalls.h"
+#include "lockdriver.h"
+#include "recordcommands.h"
 
 extern char **environ;
-
-enum {
-    ERRNO_BEFORE = 1234,
-    CONTROL_MIN = 100, /* out of the way of the descriptors that a test counts on */
-    ARGS_MAX = 10,
-    PACKET_MAX = 8192,
-    MAP_SIZE = 4096,
-    RESULT_MAX = 128,
-};
-
-#define ANSWERED LONG_MIN
-
-struct request {
-    int control;
-    int passed; /* the descriptor that came with the command, or -1 */
-    const char *token;
-    const char *name;
-    const char *arg[ARGS_MAX];
-    char result[RESULT_MAX]; /* a further word of the answer */
-};
 
 static volatile sig_atomic_t signals_seen[65];
 
@@ -61,15 +42,6 @@ static void answer_more(int control, const char *token, long value, int err, con
 
 static void answer(int control, const char *token, long value, int err) {
     answer_more(control, token, value, err, "");
-}
-
-static long number(const struct request *rq, int index) {
-    return rq->arg[index] ? strtol(rq->arg[index], NULL, 0) : 0;
-}
-
-/* The same of a number that may not fit into a long. */
-static long long wide(const struct request *rq, int index) {
-    return rq->arg[index] ? strtoll(rq->arg[index], NULL, 0) : 0;
 }
 
 static void *command_loop(void *control);
@@ -209,53 +181,6 @@ static long do_vforkflock(struct request *rq) {
     if (child < 0 || waitpid(child, &status, 0) != child || status != 0)
         _exit(97);
     errno = err;
-    return value;
-}
-
-/* --- record locks, and what else fcntl does --- */
-
-/* HOW COMMAND FD TYPE WHENCE START LEN PID; answers with the last five as they are afterwards. */
-static long do_record(struct request *rq) {
-    struct flock lock = {.l_type = (short)number(rq, 3),
-                         .l_whence = (short)number(rq, 4),
-                         .l_start = wide(rq, 5),
-                         .l_len = wide(rq, 6),
-                         .l_pid = (pid_t)number(rq, 7)};
-    long value = record_call(rq->arg[0], (int)number(rq, 2), (int)number(rq, 1), &lock);
-    snprintf(rq->result, sizeof rq->result, "%d,%d,%lld,%lld,%d", lock.l_type, lock.l_whence,
-             (long long)lock.l_start, (long long)lock.l_len, lock.l_pid);
-    return value;
-}
-
-static long do_lockf(struct request *rq) {
-    return lockf((int)number(rq, 0), (int)number(rq, 1), wide(rq, 2));
-}
-
-static long fcntl_by(const char *how, int fd, int command, void *argument) {
-#ifdef __GLIBC__
-    if (strcmp(how, "fcntl64") == 0)
-        return fcntl64(fd, command, argument);
-#endif
-    if (strcmp(how, "fcntl") != 0)
-        _exit(94);
-    return fcntl(fd, command, argument);
-}
-
-static long do_fcntl(struct request *rq) {
-    return fcntl_by(rq->arg[0], (int)number(rq, 1), (int)number(rq, 2), (void *)number(rq, 3));
-}
-
-/* The argument points to the bytes that are given in hexadecimal. */
-static long do_fcntlbytes(struct request *rq) {
-    unsigned char bytes[RESULT_MAX / 2] = {0};
-    size_t count = 0;
-    for (const char *hex = rq->arg[3]; count < sizeof bytes - 1 && hex[0] && hex[1]; hex += 2) {
-        char pair[] = {hex[0], hex[1], '\0'};
-        bytes[count++] = (unsigned char)strtol(pair, NULL, 16);
-    }
-    long value = fcntl_by(rq->arg[0], (int)number(rq, 1), (int)number(rq, 2), bytes);
-    for (size_t i = 0; i < count; i++)
-        snprintf(rq->result + 2 * i, 3, "%02x", bytes[i]);
     return value;
 }
 
