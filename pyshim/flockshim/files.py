@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from flockshim.descriptions import Description
     from flockshim.host import Host, Key
     from flockshim.journal import Journal
-    from flockshim.leases import Leases
     from flockshim.programs import Connection
+    from flockshim.recordleases import RecordLeases
 
 
 class File:
@@ -47,7 +47,7 @@ class Files(dict["Key", File]):
         super().__init__()
         self._host = host
         self._journal = journal
-        self.leases: Leases | None = None
+        self.leases: RecordLeases | None = None
 
     def of(self, key: Key) -> File:
         """Return the file, a new one if need be."""

@@ -13,7 +13,7 @@ from flockshim.aliveness import Aliveness
 from flockshim.cluster_notes import Program
 from flockshim.cluster_vouch import DEFAULT_LEASE
 from flockshim.lease_files import Told
-from flockshim.leases import Leases
+from flockshim.recordleases import RecordLeases
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -90,11 +90,11 @@ class Leasing(Told):
         file.leased = True
         self._leases(predecessors).adopt(file.key, _path(next(iter(owners))), any(owners.values()))
 
-    def _leases(self, predecessors: dict[str, int]) -> Leases:
+    def _leases(self, predecessors: dict[str, int]) -> RecordLeases:
         if self._service.files.leases is None:
             closing.in_background()
             aliveness = Aliveness(self._directory)
-            self._service.files.leases = Leases(self._loop, aliveness, LEASE_SECONDS, self, predecessors)
+            self._service.files.leases = RecordLeases(self._loop, aliveness, LEASE_SECONDS, self, predecessors)
         return self._service.files.leases
 
     def programs(self, key: Key) -> list[Program]:

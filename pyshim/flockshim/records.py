@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
     from flockshim.host import Key
     from flockshim.journal import Journal
-    from flockshim.leases import Leases
     from flockshim.lockservice import LockService
     from flockshim.loop import Loop
     from flockshim.programs import Connection, Programs
+    from flockshim.recordleases import RecordLeases
     from flockshim.rendezvous import Rendezvous
 
 LOCK_EX, LOCK_NB, LOCK_UN, LOCK_TEST = fcntl.LOCK_EX, fcntl.LOCK_NB, fcntl.LOCK_UN, lib.LOCK_TEST
@@ -55,7 +55,7 @@ class RecordService:
         self._journal = journal
 
     @property
-    def leases(self) -> Leases | None:
+    def leases(self) -> RecordLeases | None:
         """What other hosts are asked by, once that was needed."""
         return self._flock.files.leases
 
@@ -72,8 +72,7 @@ class RecordService:
         if not file.leased:
             return True
         waits = file.waits or bool(file.lock.queue)
-        # Those are let pass who hold already, or will not wait.
-        passes = file.asking in file.lock.ranges or (bool(file.lock.ranges) and not file.waits)
+        passes = file.asking in file.lock.ranges or (bool(file.lock.ranges) and file.passes)
         return leases is not None and leases.permit_records(
             file.key, wanted.exclusive, waits, bool(file.lock.ranges), passes
         )
@@ -243,7 +242,7 @@ class RecordService:
         """Whoever may wait does so by a `place`."""
         self._check_conflicting(file, owner, wanted)
         before = file.snapshot(owner, wanted)
-        file.waits = place is not None
+        file.waits, file.passes = place is not None, place is None
         outcome = file.request(owner, wanted, file.waits, connection)
         if outcome == GRANTED:
             self.granted(file, connection, owner, wanted, before)

@@ -96,8 +96,9 @@ class RecordWaits:
         service, owner, blocker = self._service, waiter.owner, waiter.blocker
         service.check_places(file, owner)
         before = file.snapshot(owner, waiter.wanted)
-        # Who has waited for long joins those who hold, though another host waits: one of them may wait for it.
-        file.waits = time.monotonic() - waiter.since < TICK_SECONDS
+        file.waits = True
+        # After a while, since one of those who hold may wait for it.
+        file.passes = time.monotonic() - waiter.since >= TICK_SECONDS
         try:
             served = file.serve(waiter)
         except OSError as error:
