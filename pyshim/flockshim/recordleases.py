@@ -74,7 +74,7 @@ class RecordLeases(Leases):
             else:
                 self._told.changed(lease.key)
 
-        self.runner.run(lease.directory, lease.lease.convert(exclusive), ended)
+        self.runner.run(lease.directory, self._holding(lease, lambda: lease.lease.convert(exclusive)), ended)
 
     def forbids_record(self, key: Key, exclusive: bool) -> bool:
         """Return whether others hold, so that record locks of this mode cannot be had."""

@@ -363,12 +363,15 @@ class RecordService:
 
     def processes_ended(self, owners: list[Owner]) -> None:
         """Release what processes have left that have ended."""
-        for file in self.check([owner for owner in owners if owner in self._owners_of(owner)]):
+        concerned = [(self.files[owner.key], owner) for owner in owners if owner.key in self.files]
+        concerned = [(file, owner) for file, owner in concerned if owner in file.owners]
+        # Another process may have the number already.
+        for file, owner in concerned:
+            if owner.is_process:
+                self.release(file, owner)
+        self.check([owner for _, owner in concerned if not owner.is_process])
+        for file in {file.key: file for file, _ in concerned}.values():
             self.settle(file)
-
-    def _owners_of(self, owner: Owner) -> set[Owner]:
-        file = self.files.get(owner.key)
-        return file.owners if file else set()
 
     def tick(self, now: float) -> None:
         """Look once a second for what no event tells: descriptors closed without unlocking."""
