@@ -69,6 +69,7 @@ class FileLease:
         "named",
         "path",
         "run",
+        "shared_first",
         "since",
         "suffix",
         "tries",
@@ -96,6 +97,8 @@ class FileLease:
         self.giving = False
         # Others hold as well, so that it could not be made exclusive when that was asked for last.
         self.unconverted = False
+        # An exclusive one was waited for, while somebody could have had a shared one at once.
+        self.shared_first = False
         # How often its directory was not the one that we had thought, since somebody asked.
         self.tries = 0
         # The asking that is under way.

@@ -147,8 +147,8 @@ class RecordFile:
         self.lost = ""
         # Whether a request may wait for the lease; and whether another keeper's lock has forbidden the last one.
         self.waits = False
-        # Whether it joins those who hold though another host waits.
-        self.passes = False
+        # Whether it joins those who hold though others wait.
+        self.hurries = False
         self.is_refused_elsewhere = False
         # Who asks.
         self.asking: Owner | None = None

@@ -17,23 +17,28 @@ if TYPE_CHECKING:
 class RecordLeases(Leases):
     """All of one keeper's."""
 
-    def permit_records(self, key: Key, exclusive: bool, blocking: bool, held: bool, passes: bool) -> bool:
+    def permit_records(self, key: Key, exclusive: bool, blocking: bool, held: bool, holds: bool, hurries: bool) -> bool:
         """Return whether a record lock of this mode may be held now; if not, the lease is asked for, or for more of it.
 
-        `held`: there are record locks on the file already, which are not given up for that; `passes`: although somebody
-        waits on another host.
+        `held`: there are record locks on the file already, which are not given up for that, and `holds`: the asking
+        owner has one. Who `hurries` does not wait for those who wait, on other hosts or for more on this one.
         """
         if key not in self._files:
             self.need(key, self._told.place(key)[1])
         lease = self._files[key]
         if lease.busy:
+            if hurries and not exclusive and lease.wanted and lease.run and lease.contended:
+                lease.shared_first, lease.contended = True, False
+                lease.run.cancel()
+            return False
+        if lease.mode is None and lease.shared_first and exclusive:
             return False
         if lease.mode is not None and lease.named is False:
             lease.mode |= exclusive
         suffices = lease.mode is not None and (lease.mode or not exclusive)
         if suffices and lease.named and not lease.lease.still_mine(clock()):
             self._confirm(lease, lease.lease.confirm)
-        elif suffices and (passes or not lease.closing):
+        elif suffices and (holds or (held and hurries) or not lease.closing):
             lease.hand_overs += 1
             return True
         elif held and lease.mode is not None:
@@ -43,6 +48,12 @@ class RecordLeases(Leases):
             lease.wanted = exclusive
             self._advance(lease, blocking)
         return False
+
+    def end_of_turns(self, key: Key) -> None:
+        """Those who wait have all asked: whoever wants more than a shared lease may ask for that the next time."""
+        lease = self._files.get(key)
+        if lease and not lease.busy:
+            lease.shared_first = False
 
     def _upgrade(self, lease: FileLease, blocking: bool) -> None:
         # Whoever waits looks once a second; whoever does not may have been told already, and asks no more.

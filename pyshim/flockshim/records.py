@@ -72,9 +72,9 @@ class RecordService:
         if not file.leased:
             return True
         waits = file.waits or bool(file.lock.queue)
-        passes = file.asking in file.lock.ranges or (bool(file.lock.ranges) and file.passes)
+        held = file.lock.ranges
         return leases is not None and leases.permit_records(
-            file.key, wanted.exclusive, waits, bool(file.lock.ranges), passes
+            file.key, wanted.exclusive, waits, bool(held), file.asking in held, file.hurries
         )
 
     def adopt(self, proxies: list[int], predecessors: dict[str, int]) -> None:
@@ -242,7 +242,7 @@ class RecordService:
         """Whoever may wait does so by a `place`."""
         self._check_conflicting(file, owner, wanted)
         before = file.snapshot(owner, wanted)
-        file.waits, file.passes = place is not None, place is None
+        file.waits, file.hurries = place is not None, place is None
         outcome = file.request(owner, wanted, file.waits, connection)
         if outcome == GRANTED:
             self.granted(file, connection, owner, wanted, before)
@@ -338,6 +338,8 @@ class RecordService:
     def settle(self, file: RecordFile) -> None:
         """Serve those who wait, tell other keepers, and hold the lease exactly as long as it is needed."""
         waits_elsewhere = self.waits.serve(file)
+        if file.leased and self.leases:
+            self.leases.end_of_turns(file.key)
         if file.is_changed:
             file.is_changed = False
             self.undecided.retry(file)

@@ -97,7 +97,7 @@ class RecordUndecided:
     def _lock(self, file: RecordFile, request: _Request) -> bool:
         service, owner, wanted = self._service, request.owner, request.wanted
         before = file.snapshot(owner, wanted)
-        file.waits, file.passes = False, True
+        file.waits, file.hurries = False, True
         if file.request(owner, wanted, False, request.connection) == GRANTED:
             service.granted(file, request.connection, owner, wanted, before)
             self._end(file, request)
@@ -118,7 +118,7 @@ class RecordUndecided:
         Of readers on other hosts we say nothing: else it took the journal of a writer that has died for a living one's.
         """
         service, owner, wanted = self._service, request.owner, request.wanted
-        file.waits, file.asking, file.passes = False, owner, True
+        file.waits, file.asking, file.hurries = False, owner, True
         found = next(file.lock.conflicts(owner, wanted), None)
         if found and not service.is_refused(file, owner, wanted):
             # A grant is under way, after which the one found may have less.

@@ -98,7 +98,7 @@ class RecordWaits:
         before = file.snapshot(owner, waiter.wanted)
         file.waits = True
         # After a while, since one of those who hold may wait for it.
-        file.passes = time.monotonic() - waiter.since >= TICK_SECONDS
+        file.hurries = time.monotonic() - waiter.since >= TICK_SECONDS
         try:
             served = file.serve(waiter)
         except OSError as error:
