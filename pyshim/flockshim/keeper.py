@@ -109,7 +109,6 @@ class Keeper:
             self.programs.active = False
         elif now - self.idle_since >= self.idle_seconds:
             self.service.close()
-            self.records.close()
             if self.rendezvous.leave():
                 os._exit(0)
 

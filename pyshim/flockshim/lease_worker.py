@@ -157,6 +157,8 @@ class _Threads:
             os._exit(1)
         try:
             self._peer.send(json.dumps([number, result, error]).encode())
+        except ConnectionError:
+            return  # the keeper has died
         except OSError as failure:  # too many names, say
             self._peer.send(json.dumps([number, None, [failure.errno, failure.strerror, place.path]]).encode())
 

@@ -22,44 +22,55 @@ class RecordGrants(Grants):
 
     def give(self, connection: Connection, owner: Owner, wanted: Range, before: list[Range]) -> None:
         """A range has been granted, of which the owner held `before`."""
-        connection.undo = wanted, before
+        connection.undo = [wanted], before
         self.add(connection, owner, before != [wanted])
 
     def heed(self, owner: Owner, wanted: Range, latest: Connection | None = None) -> None:
-        """A call has changed what an owner holds there: grants before are not to be undone.
+        """A call has changed what an owner holds there, which grants before have no more to do with.
 
         That call was granted as `latest`, or is the last of all.
         """
         for connection in self._since:
             if connection is latest:
                 break
-            if connection.granted is owner and connection.undo[0].overlaps(wanted):
-                connection.changed = False
+            if connection.granted is owner:
+                windows, before = connection.undo
+                connection.undo = _without(windows, wanted), before
+                connection.changed &= bool(connection.undo[0])
 
     def _conclude(self, connection: Connection) -> None:
         """What the grant weakens may be weakened."""
-        owner, (wanted, before) = connection.granted, connection.undo
+        owner, (windows, before) = connection.granted, connection.undo
         file = self._service.files.get(owner.key)
-        if file and connection.changed and not wanted.exclusive and any(held.exclusive for held in before):
-            file.set(owner, *wanted)
+        for window in windows:
+            if file and not window.exclusive and any(held.exclusive for held in clipped(before, window)):
+                file.set(owner, *window)
+            self.heed(owner, window, connection)
+        if file and file.is_changed:
             self._service.settle(file)
-        self.heed(owner, wanted, connection)
 
     def _undo(self, file: Any, connection: Connection, others: list[Connection]) -> None:
         """Give the owner what it held before; but where another grant is under way, that is what may be undone yet."""
-        owner, (wanted, before) = connection.granted, connection.undo
+        owner, (windows, before) = connection.granted, connection.undo
         if not connection.changed or owner not in file.owners:
             return
-        windows = [wanted]
         for other in others:
             its, its_before = other.undo
-            if not its.overlaps(wanted):
-                continue
-            windows = [part for window in windows for part in gaps([its], window)]
-            if other.changed or its_before == [its]:
-                outside = [part for gap in gaps([wanted], its) for part in clipped(its_before, gap)]
-                other.undo = its, sorted(clipped(before, its) + outside)
+            shared = [part for window in windows for one in its for part in clipped([window], one)]
+            for part in shared:
+                windows = _without(windows, part)
+                its_before = sorted([*clipped(before, part), *_outside(its_before, part)])
                 other.changed = True
+            other.undo = its, its_before
         for window in windows:
             file.restore(owner, window, before)
         self._service.forget_if_unused(file, owner)
+
+
+def _without(windows: list[Range], hole: Range) -> list[Range]:
+    return [part for window in windows for part in gaps([hole], window)]
+
+
+def _outside(ranges: list[Range], hole: Range) -> list[Range]:
+    """Return what these ranges have outside of a hole."""
+    return [part for held in ranges for part in gaps([hole], held)]

@@ -31,7 +31,7 @@ class RecordLeases(Leases):
                 lease.shared_first, lease.contended = True, False
                 lease.run.cancel()
             return False
-        if lease.mode is None and lease.shared_first and exclusive:
+        if lease.shared_first and exclusive and not lease.mode:
             return False
         if lease.mode is not None and lease.named is False:
             lease.mode |= exclusive

@@ -411,12 +411,3 @@ class RecordService:
         """Release the locks of those who do not hold any more."""
         for released in self.check([owner for file in self.files.values() for owner in file.lock.ranges]):
             self.settle(released)
-
-    def close(self) -> None:
-        """Remove the proxies: the keeper leaves."""
-        for file in self.files.values():
-            file.close()
-
-    def is_idle(self) -> bool:
-        """Return whether nobody holds or wants anything."""
-        return not self.files

@@ -186,7 +186,7 @@ def circle(waiter: RecordWaiter, waiting: Mapping[Any, list[RecordWaiter]]) -> l
     found: list[RecordWaiter] = []
     blocker = waiter.blocker
     while len(found) < MAX_STEPS:
-        blocked = (one for one in waiting.get(blocker.identity(), ()) if one is not waiter)
+        blocked = waiting.get(blocker.identity(), ())
         nearest = next((one for one in blocked if one.blocker is not None and one.blocker.is_process), None)
         if nearest is None:
             return []
