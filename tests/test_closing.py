@@ -39,6 +39,7 @@ def test_at_once_and_by_a_thread(two: tuple[int, int]) -> None:
     assert not is_open(two[0])
     closing.in_background()
     closing.close(two[1])
+    closing.flush()
     await_true(lambda: not is_open(two[1]), "it to be closed")
 
 
@@ -60,6 +61,7 @@ def test_none_is_closed_by_both(two: tuple[int, int], monkeypatch: pytest.Monkey
     closing.in_background()
     for descriptor in two:
         closing.close(descriptor)
+    closing.flush()
     assert began.wait(30)
     helper = threading.Thread(target=let_go)
     helper.start()
@@ -87,12 +89,22 @@ def test_one_that_hangs_is_not_waited_for_for_ever(two: tuple[int, int], monkeyp
     monkeypatch.setattr(closing, "CLOSE_SECONDS", 0.01)
     closing.in_background()
     closing.close(two[0])
+    closing.flush()
     assert began.wait(30)
     child = os.fork()
     if child == 0:
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     go_on.set()
+
+
+def test_many_are_not_kept_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(closing, "MOST_WAITING", 2)
+    closing.in_background()
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+    for descriptor in many:
+        closing.close(descriptor)
+    await_true(lambda: not any(map(is_open, many)), "all to be closed")
 
 
 def test_others_are_awaited_but_not_for_ever() -> None:

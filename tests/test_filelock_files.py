@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,11 @@ except PermissionError:
     print("cannot be written")
 print(excluded())
 """
-    for directory in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+    directory = tmp_path
+    while directory != Path(tempfile.gettempdir()):
         if directory.stat().st_uid == os.geteuid():
             directory.chmod(0o755)
+        directory = directory.parent
     done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("cannot be written\nTrue\n", "")
 

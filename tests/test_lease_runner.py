@@ -230,12 +230,12 @@ def test_no_descriptor_is_left_behind(running: Running, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     with file.open() as open_file:
-        running.start(Enter("file", open_file.fileno()))
+        running.start(Enter("file", "", open_file.fileno()))
         running.result()
         gc.collect()
         before, there = descriptors(), len(os.listdir(f"/proc/{running.worker()}/fd"))
         for _ in range(50):
-            running.start(Enter("file", open_file.fileno()), Enter("other", open_file.fileno()))
+            running.start(Enter("file", "", open_file.fileno()), Enter("other", "", open_file.fileno()))
             error = running.failure()
             assert isinstance(error, OSError)
             assert error.errno == errno.ESTALE

@@ -19,6 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+MOST_WAITING = 64
 CLOSE_SECONDS = 1.0
 """After which a thread that closes a descriptor is in close(2), if not behind it."""
 
@@ -56,13 +57,24 @@ def in_background() -> None:
 
 
 def close(descriptor: int) -> None:
-    """Close a descriptor, now or soon; until then its number is not used again."""
+    """Close a descriptor, now or soon; until then its number is not used again.
+
+    A thread that runs beside the keeper makes every call of it slower: so it is woken by `flush`, or for many.
+    """
     if not _closer.begun:
         os.close(descriptor)
         return
     with _closer.changed:
         _closer.waiting.append(descriptor)
-        _closer.changed.notify_all()
+        if len(_closer.waiting) > MOST_WAITING:
+            _closer.changed.notify_all()
+
+
+def flush() -> None:
+    """Close what waits: nothing else is to be done."""
+    if _closer.waiting:
+        with _closer.changed:
+            _closer.changed.notify_all()
 
 
 def aside(work: Callable[[], None]) -> None:

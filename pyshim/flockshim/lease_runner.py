@@ -139,6 +139,7 @@ class Runner:
         self._pending: dict[int, Run] = {}
         self._stopped: list[int] = []
         self._number = 0
+        self._buffer = memoryview(bytearray(MAX_PACKET))
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
 
     def run(
@@ -240,7 +241,8 @@ class Runner:
     def _receive(self) -> None:
         assert self._worker
         try:
-            packet = self._worker.recv(MAX_PACKET)
+            # Into memory that is there already: a packet may be long, and hardly ever is.
+            packet = bytes(self._buffer[: self._worker.recv_into(self._buffer)])
         except BlockingIOError:
             return
         except ConnectionError:

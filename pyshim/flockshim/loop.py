@@ -7,6 +7,8 @@ import select
 import signal
 import time
 
+from flockshim import closing
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +62,10 @@ class Loop:
         handlers, poll, monotonic = self._handlers, self._epoll.poll, time.monotonic
         next_tick = monotonic() + TICK_SECONDS
         while os.getppid() == parent:
-            events = _poll_soon(poll) or poll(self._patience(monotonic()))
+            events = _poll_soon(poll)
+            if not events:
+                closing.flush()
+                events = poll(self._patience(monotonic()))
             if len(events) > 1:
                 events.sort(key=lambda event: event[0] != self._first)
             for descriptor, _ in events:

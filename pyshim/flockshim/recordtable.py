@@ -117,6 +117,8 @@ class RecordLock:
 
     def conflicts(self, owner: Any, wanted: Range) -> Iterator[tuple[Any, Range]]:
         """Yield the locks of others that forbid this one, the first of each owner, in order."""
+        if len(self.ranges) == (owner in self.ranges):
+            return
         for holder, ranges in self.ranges.items():
             if holder is not owner:
                 for held in ranges:
