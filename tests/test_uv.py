@@ -27,7 +27,7 @@ from support.uvpackages import SlowPackage, write_wheel
 from flockshim.pytest_plugin import require
 
 # What 0.7.21 locks, those around it lock too.
-RELEASES = ["0.4.30", *(["0.7.21"] if os.environ.get("FLOCKSHIM_SOAK") else []), "0.8.22", "newest"]
+RELEASES = ["0.4.30", *(["0.7.21", "0.8.22"] if os.environ.get("FLOCKSHIM_SOAK") else []), "newest"]
 PYTHON = ("--python", sys.executable)
 PARALLEL = 8
 
