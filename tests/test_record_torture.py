@@ -149,7 +149,7 @@ def test_under_one_supervisor(nolock_dir: Path, rendezvous: Path, board: Path) -
 
 
 # Locks that are too short make programs wait for each other now and then, which nobody finds out.
-@pytest.mark.parametrize("sabotage", ["none", *(["short"] if os.environ.get("FLOCKSHIM_SOAK") else [])])
+@pytest.mark.parametrize("sabotage", ["none", *(["short"] if SOAK else [])])
 def test_the_check_sees_what_happens_without_the_right_locks(
     native_directory: Path, board: Path, sabotage: str
 ) -> None:
