@@ -47,26 +47,30 @@ static int call_next(enum next which, int descriptor, int command, void *argumen
 }
 
 /* The program may have given an address that is none, or cannot be written: what the kernel can
- * find out without harm. */
-static int copy(struct flock *to, const struct flock *from, long call, const struct flock *its) {
-    struct flock *ours = its == to ? (struct flock *)from : to;
+ * find out without harm. 0, or -errno. */
+static long transfer(long call, struct flock *ours, const struct flock *its) {
     struct iovec here = {.iov_base = ours, .iov_len = sizeof *ours};
     struct iovec there = {.iov_base = (void *)its, .iov_len = sizeof *its};
     long done = sys6(call, sys0(SYS_getpid), SYS_ARG(&here), 1, SYS_ARG(&there), 1, 0);
 
-    if (done == -EFAULT)
-        return -EFAULT;
-    if (done < 0)
-        *to = *from;
-    return 0;
+    return done < 0 ? done : 0;
 }
 
+/* These calls may be forbidden, in containers. */
 static int copy_in(struct flock *ours, const struct flock *its) {
-    return copy(ours, its, SYS_process_vm_readv, its);
+    long result = transfer(SYS_process_vm_readv, ours, its);
+
+    if (result < 0 && result != -EFAULT)
+        *ours = *its;
+    return result == -EFAULT ? -EFAULT : 0;
 }
 
-static int copy_out(struct flock *its, const struct flock *ours) {
-    return copy(its, ours, SYS_process_vm_writev, its);
+static int copy_out(struct flock *its, struct flock *ours) {
+    long result = transfer(SYS_process_vm_writev, ours, its);
+
+    if (result < 0 && result != -EFAULT)
+        *its = *ours;
+    return result == -EFAULT ? -EFAULT : 0;
 }
 
 /* The errno that stands in for the kernel's, or 0: ask the kernel. */

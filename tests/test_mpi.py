@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from array import array
@@ -13,7 +12,7 @@ import pytest
 from support import lockcommand
 from support.proc import DEADLINE
 from support.programs import program
-from support.worlds import World
+from support.worlds import World, in_mode
 
 from flockshim.pytest_plugin import require
 
@@ -23,10 +22,7 @@ RANKS, TURNS = 2, 200
 @pytest.fixture(params=["native", "host", "cluster"])
 def world(request: pytest.FixtureRequest) -> World:
     """Where the kernel locks, and under the shim in both modes where it does not."""
-    if request.param == "native":
-        return World("native", request.getfixturevalue("native_directory"), os.environ)
-    world: World = request.getfixturevalue({"host": "emulated", "cluster": "here"}[request.param])
-    return world
+    return in_mode(request)
 
 
 @pytest.fixture(scope="session")

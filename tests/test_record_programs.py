@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import select
 import subprocess
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 from support import lockcommand
 from support.proc import DEADLINE
 from support.recordprograms import PROGRAMS
-from support.worlds import World
+from support.worlds import World, in_mode
 
 from flockshim.pytest_plugin import require
 
@@ -27,10 +26,7 @@ UNTOUCHED = 1234
 @pytest.fixture(params=["native", "host", "cluster"])
 def world(request: pytest.FixtureRequest) -> World:
     """Where the kernel locks, and under the shim in both modes where it does not."""
-    if request.param == "native":
-        return World("native", request.getfixturevalue("native_directory"), os.environ)
-    world: World = request.getfixturevalue({"host": "emulated", "cluster": "here"}[request.param])
-    return world
+    return in_mode(request)
 
 
 def started(world: World, name: str, *words: object, unshimmed: bool = False) -> subprocess.Popen[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from support import lockcommand
 from support.sqlite import LOCKED, PATIENCE, TOTAL, Bank
-from support.worlds import World
+from support.worlds import World, in_mode
 
 from flockshim.pytest_plugin import require
 
@@ -46,10 +45,7 @@ PROGRAMS = {"sqlite3": ["sqlite3", "numbers.db", SHELL], "python": [sys.executab
 @pytest.fixture(params=["native", "host", "cluster"])
 def world(request: pytest.FixtureRequest) -> World:
     """Where the kernel locks, and under the shim in both modes where it does not."""
-    if request.param == "native":
-        return World("native", request.getfixturevalue("native_directory"), os.environ)
-    world: World = request.getfixturevalue({"host": "emulated", "cluster": "here"}[request.param])
-    return world
+    return in_mode(request)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from support.keepers import end_keepers, keepers
 from support.sqlite import LOCKED, PATIENCE, TOTAL, Bank, Client, journal
-from support.worlds import World
+from support.worlds import World, in_mode
 
 WRITERS = 3
 KILLS = 6
@@ -42,10 +42,7 @@ HALF = (
 @pytest.fixture(params=["native", "host", "cluster"])
 def world(request: pytest.FixtureRequest) -> World:
     """Where the kernel locks, and under the shim in both modes where it does not."""
-    if request.param == "native":
-        return World("native", request.getfixturevalue("native_directory"), os.environ)
-    world: World = request.getfixturevalue({"host": "fresh_world", "cluster": "here"}[request.param])
-    return world
+    return in_mode(request, "fresh_world")
 
 
 @pytest.fixture

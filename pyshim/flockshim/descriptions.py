@@ -9,7 +9,8 @@ from flockshim._native import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
+    from typing import Any
 
     from flockshim.host import Key
 
@@ -159,6 +160,13 @@ class Processes:
         interests = self._interests.get(pid)
         if interests:
             interests.discard(interest)
+
+    def follow(self, owners: Mapping[Any, int]) -> None:
+        """Watch the processes in which these owners are now, each instead of the one in which it was."""
+        for owner, pid in owners.items():
+            if owner.pid != pid:
+                self.discard(pid, owner)
+                self.add(owner.pid, owner)
 
     def _end(self, pid: int) -> None:
         pidfd = self._pidfds.pop(pid)

@@ -84,6 +84,14 @@ class Leasing(Told):
             if file is not None:
                 service.check_file(file)
 
+    def answer_unlocked(self, file: File | RecordFile) -> None:
+        """Answer those who have unlocked, unless the lease is still to be given back."""
+        leases = self._service.files.leases
+        if file.unlocking and not (leases and leases.is_giving_back(file.key)):
+            unlocking, file.unlocking = file.unlocking, []
+            for connection in unlocking:
+                connection.answer(0)
+
     def adopt(self, file: File | RecordFile, predecessors: dict[str, int]) -> None:
         """Take over the lease of a file that is locked; `predecessors` as of `Leases`."""
         owners: dict[Any, bool] = file.lock.holders
@@ -133,7 +141,7 @@ class Leasing(Told):
         else:
             service.undecided.retry(file)
         service.settle(file)
-        service.answer_unlocked(file)
+        self.answer_unlocked(file)
 
     def failed(self, key: Key, error: OSError) -> None:
         """Refuse all who want it."""
@@ -147,7 +155,7 @@ class Leasing(Told):
         while file.lock.queue:
             service.refuse_first(file, text)
         service.settle(file)
-        service.answer_unlocked(file)
+        self.answer_unlocked(file)
 
     def doubted(self, key: Key) -> None:
         """Stop those who hold; again as long as the doubt lasts, since they may have been continued, or have forked."""

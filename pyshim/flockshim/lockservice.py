@@ -117,7 +117,7 @@ class LockService:
                 self.forget_if_unused(file, description)
                 file.unlocking.append(connection)
                 self.settle(file)
-                self.answer_unlocked(file)
+                self.leasing.answer_unlocked(file)
             else:
                 exclusive = bool(operation & LOCK_EX)
                 if connection.flags & lib.FLAG_CLUSTER and not self.leasing.need(connection, file, description):
@@ -126,13 +126,6 @@ class LockService:
         except OSError as error:
             self.forget_if_unused(file, description)
             connection.refuse(cannot_lock(error))
-
-    def answer_unlocked(self, file: File) -> None:
-        """Answer those who have unlocked, unless the lease is still to be given back."""
-        if file.unlocking and not (self.files.leases and self.files.leases.is_giving_back(file.key)):
-            unlocking, file.unlocking = file.unlocking, []
-            for connection in unlocking:
-                connection.answer(0)
 
     def _redirected(self, connection: Connection, file: File, description: Description) -> bool:
         if connection.flags & lib.FLAG_REDIRECTED or not self._host.may_be_shared(file.key):
@@ -255,18 +248,14 @@ class LockService:
 
     def _check_holders(self, suspects: Iterable[Description]) -> list[File]:
         """Release the locks whose description is no longer open anywhere. Returns the files that they were on."""
-        holders = list(suspects)
-        places = [description.pid for description in holders]
+        holders = {description: description.pid for description in suspects}
         released = []
         for description in closed(holders):
             file = self.files[description.key]
             file.lock.release(description)
             self.forget_if_unused(file, description)
             released.append(file)
-        for description, pid in zip(holders, places):
-            if description.pid != pid:
-                self.processes.discard(pid, description)
-                self.processes.add(description.pid, description)
+        self.processes.follow(holders)
         return released
 
     def settle(self, file: File, insist: bool = False) -> None:

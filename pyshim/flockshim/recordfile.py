@@ -81,11 +81,6 @@ class Owner:
         return self.places[-1].descriptor
 
     @property
-    def number(self) -> int:
-        """Its number in the process."""
-        return self.places[-1].number
-
-    @property
     def shown_pid(self) -> int:
         """The process as F_GETLK tells it."""
         return self.pid if self.is_process else -1
@@ -199,13 +194,14 @@ class RecordFile:
 
     # What is held
 
-    def request(self, owner: Owner, wanted: Range, blocking: bool, connection: Connection) -> int:
-        """Ask for a range: see `RecordLock.request`. A supervisor's program may not learn of a grant."""
+    def request(self, owner: Owner, wanted: Range, blocking: bool, connection: Connection, before: list[Range]) -> int:
+        """Ask for a range: see `RecordLock.request`. A supervisor's program may not learn of a grant.
+
+        `before` is what the owner holds of it: see `snapshot`.
+        """
         self._begin(owner)
         firm = not connection.is_supervised
-        self.is_changed |= (
-            firm and not wanted.exclusive and any(held.exclusive for held in self.snapshot(owner, wanted))
-        )
+        self.is_changed |= firm and not wanted.exclusive and any(held.exclusive for held in before)
         return self.lock.request(owner, wanted, blocking, connection, time.monotonic(), firm)
 
     def serve(self, waiter: RecordWaiter) -> bool:

@@ -199,7 +199,7 @@ class RecordService:
         if file.leased:
             file.unlocking.append(connection)
             self.settle(file)
-            self.answer_unlocked(file)
+            self._flock.leasing.answer_unlocked(file)
             return
         connection.answer(0)
         if file.is_quiet():
@@ -208,18 +208,13 @@ class RecordService:
         else:
             self.settle(file)
 
-    def answer_unlocked(self, file: RecordFile) -> None:
-        """Answer those who have unlocked, unless the lease is still to be given back."""
-        leases = self.leases
-        if file.unlocking and not (leases and leases.is_giving_back(file.key)):
-            unlocking, file.unlocking = file.unlocking, []
-            for connection in unlocking:
-                connection.answer(0)
-
     def _test(self, connection: Connection, file: RecordFile, owner: Owner, wanted: Range, own: bool) -> None:
         if own:
             found = next(file.lock.own(owner, wanted), None)
-            self._answer_test(connection, found)
+            if found:
+                connection.answer_found(found[1], owner.shown_pid, "")
+            else:
+                connection.answer(0)
             self.forget_if_unused(file, owner)
             return
         self._check_conflicting(file, owner, wanted)
@@ -229,13 +224,6 @@ class RecordService:
         self.undecided.retry(file)
         self.settle(file)
 
-    def _answer_test(self, connection: Connection, found: tuple[Owner, Range] | None) -> None:
-        if found is None:
-            connection.answer(0)
-        else:
-            holder, held = found
-            connection.answer_found(held, holder.shown_pid, "")
-
     def _lock(
         self, connection: Connection, file: RecordFile, owner: Owner, wanted: Range, place: Description | None
     ) -> None:
@@ -243,7 +231,7 @@ class RecordService:
         self._check_conflicting(file, owner, wanted)
         before = file.snapshot(owner, wanted)
         file.waits, file.hurries = place is not None, place is None
-        outcome = file.request(owner, wanted, file.waits, connection)
+        outcome = file.request(owner, wanted, file.waits, connection, before)
         if outcome == GRANTED:
             self.granted(file, connection, owner, wanted, before)
             if file.is_changed:
@@ -279,10 +267,6 @@ class RecordService:
         leases = self.leases
         return file.leased and leases is not None and leases.forbids_record(file.key, exclusive)
 
-    def refuse(self, connection: Connection, error: OSError) -> None:
-        """The proxy cannot be had."""
-        connection.refuse(cannot_lock(error))
-
     def withdraw(self, connection: Connection) -> None:
         """The program has given up waiting, or has died; `programs` has forgotten it."""
         if connection.waiter:
@@ -310,19 +294,15 @@ class RecordService:
 
     def check(self, owners: Iterable[Owner]) -> list[RecordFile]:
         """Release what has ended. Returns the files that it was on."""
-        owners = list(owners)
-        places = [owner.pid for owner in owners]
+        before = {owner: owner.pid for owner in owners}
         released = []
-        for owner in without_owner(owners):
+        for owner in without_owner(before):
             file = self.files[owner.key]
             file.drop(owner)
             file.keep_open_places(owner)
             self.forget_if_unused(file, owner)
             released.append(file)
-        for owner, pid in zip(owners, places):
-            if owner.pid != pid:
-                self.processes.discard(pid, owner)
-                self.processes.add(owner.pid, owner)
+        self.processes.follow(before)
         return released
 
     def check_file(self, file: RecordFile) -> None:

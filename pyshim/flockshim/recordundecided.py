@@ -9,7 +9,7 @@ import time
 from flockshim._native import lib
 from flockshim.locktable import GRANTED
 from flockshim.recordtable import Range
-from flockshim.undecided import UNDECIDED_SECONDS
+from flockshim.undecided import UNDECIDED_SECONDS, cannot_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class RecordUndecided:
                     file.undecided.append(request)
             except OSError as error:
                 self._end(file, request)
-                self._service.refuse(request.connection, error)
+                request.connection.refuse(cannot_lock(error))
 
     def decide(self, file: RecordFile, now: float) -> None:
         """Refuse those whose time is up: whoever should answer is stopped, or another host holds."""
@@ -98,7 +98,7 @@ class RecordUndecided:
         service, owner, wanted = self._service, request.owner, request.wanted
         before = file.snapshot(owner, wanted)
         file.waits, file.hurries = False, True
-        if file.request(owner, wanted, False, request.connection) == GRANTED:
+        if file.request(owner, wanted, False, request.connection, before) == GRANTED:
             service.granted(file, request.connection, owner, wanted, before)
             self._end(file, request)
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -13,6 +14,8 @@ from support.proc import await_true, thread_state
 from support.programs import program, static_program
 
 if TYPE_CHECKING:
+    import pytest
+
     from support.supervision import Supervision
 
 FLOCK_SYSCALL = {"x86_64": 73, "aarch64": 32}.get(platform.machine(), -1)
@@ -168,3 +171,14 @@ class SupervisedWorld(World):
         errors = super().end()
         self.supervision.reap()
         return errors + self.supervision.errors()
+
+
+def in_mode(request: pytest.FixtureRequest, host: str = "emulated") -> World:
+    """The world of the parameter native, host or cluster: where the kernel locks, or the shim where it does not.
+
+    HOST is the fixture for mode host.
+    """
+    if request.param == "native":
+        return World("native", request.getfixturevalue("native_directory"), os.environ)
+    world: World = request.getfixturevalue({"host": host, "cluster": "here"}[request.param])
+    return world
